@@ -1,0 +1,1 @@
+"""Several neural networks on one GPU."""
