@@ -1,0 +1,51 @@
+"""A BERT-base-shaped encoder made of torch.nn parts: sizes that count, random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Bert(nn.Module):
+    """BERT-base without a task head: embeddings, 12 layers, pooler; 109,482,240 parameters.
+
+    Sizes after Devlin et al. (NAACL 2019): hidden 768, 12 heads, feed-forward 3072, vocabulary
+    30522, 512 positions, 2 token types. Takes token ids ``(batch, tokens)`` int64, gives the last
+    hidden state ``(batch, tokens, 768)`` and the pooled one ``(batch, 768)``.
+    """
+
+    VOCABULARY = 30522
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position, self.kind = (nn.Embedding(n, 768) for n in (self.VOCABULARY, 512, 2))
+        self.norm = nn.LayerNorm(768, eps=1e-12)
+        self.layers = nn.Sequential(*(Layer(768, 12, 3072) for _ in range(12)))
+        self.pooler = nn.Linear(768, 768)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode sentences whose tokens are all of the first type and none is padding."""
+        where = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token(tokens) + self.position(where) + self.kind(torch.zeros_like(tokens))
+        x = self.layers(self.norm(x))
+        return x, torch.tanh(self.pooler(x[:, 0]))
+
+
+class Layer(nn.Module):
+    """Self-attention and a feed-forward block, each with a skip and a normalisation after it."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.mix = (nn.Linear(width, width) for _ in range(4))
+        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norm_attention, self.norm_output = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(batch, tokens, width)`` to the same shape."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.norm_attention(x + self.mix(seen))
+        result: Tensor = self.norm_output(x + self.narrow(F.gelu(self.widen(x))))
+        return result
