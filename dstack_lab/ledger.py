@@ -1,0 +1,202 @@
+"""The books of a run: queues, shares in use and the log of launches, for the simulator and the runner alike.
+
+Times are integer nanoseconds. Requests are never objects: a service's queue is its array of arrival
+times and the position of its head, and a launch takes the oldest requests, so a launch is a range.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dstack_lab.provenance import Provenance
+from dstack_lab.services import Plan
+from dstack_lab.state import NEVER_NS, NS_PER_MS, Drop, GpuState, Launch, ServiceView
+from dstack_lab.traces import EVENTS, OUTCOMES, Trace
+
+#: Room for the rounding of shares such as 33.33 three times.
+SHARE_SLACK = 0.02
+#: Numbers per launch in the log; the end is the fifth.
+FIELDS, END = 7, 4
+
+
+class PolicyError(RuntimeError):
+    """A policy broke a rule; `trace` holds the run up to that decision."""
+
+    def __init__(self, message: str, trace: Trace | None = None) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+class Ledger:
+    """Queues and shares of one run.
+
+    Parameters
+    ----------
+    plan : Plan
+    arrivals_ms : list of numpy.ndarray
+        Sorted arrival times of each service [ms].
+    wait_ms : list of float
+        How long the oldest request of each service may wait before its batch counts as ready [ms].
+    oversubscribe : bool
+        Whether launches may hold more than 100 GPU% together.
+    """
+
+    def __init__(
+        self, plan: Plan, arrivals_ms: list[NDArray[np.float64]], wait_ms: Iterable[float], oversubscribe: bool = False
+    ) -> None:
+        self.plan = plan
+        self.arrivals_ns = [np.rint(times * NS_PER_MS).astype(np.int64) for times in arrivals_ms]
+        views = []
+        for index, (service, allocation, table, times) in enumerate(
+            zip(plan.services, plan.allocations, plan.tables, self.arrivals_ns, strict=True)
+        ):
+            queue: array[int] = array("q", times.tobytes())
+            queue.extend([NEVER_NS] * (table.batch_max + 1))
+            views.append(ServiceView(index, service, allocation, table, queue))
+        self.state = GpuState(tuple(views))
+        self.oversubscribe = oversubscribe
+        self.waiting_total = sum(times.size for times in self.arrivals_ns)  # not yet launched or dropped, arrived or not
+        self._log = array("d")  # service, head, batch, start, end, share, note: one row of `FIELDS` a launch
+        self._launched = 0
+        self._dropped: list[tuple[int, int, int]] = []  # service, head, count
+        self._notes: dict[str, int] = {"": 0}
+        self.events: list[tuple[float, str, str, str]] = []
+        for view, wait in zip(views, wait_ms, strict=True):
+            view.wait_ns = round(min(wait, 1e12) * NS_PER_MS)
+            self.refresh(view)
+
+    def refresh(self, view: ServiceView) -> int:
+        """Recompute when `view`'s next batch is ready; return that instant [ns] if it lies ahead, else -1."""
+        queue, head = view._arrivals, view._head
+        at, first = queue[head + view.batch - 1], queue[head]
+        if first != NEVER_NS and first + view.wait_ns < at:
+            at = first + view.wait_ns
+        view._ready_ns = at
+        view.ready = at <= self.state.now_ns
+        return -1 if view.ready or at == NEVER_NS else at
+
+    def launch(self, decision: Launch) -> tuple[int, int]:
+        """Start a batch now; return its number and its predicted end [ns].
+
+        Raises
+        ------
+        ValueError
+            If the decision breaks a rule; the message says which.
+        """
+        name, share, batch, note = decision
+        state = self.state
+        view = state.by_name.get(name)
+        if view is None:
+            raise ValueError(f"service must be one of {sorted(state.by_name)}")
+        head, now = view._head, state.now_ns
+        if not 1 <= batch <= view.batch_max:
+            raise ValueError(f"batch must be 1 to {view.batch_max}")
+        if view._arrivals[head + batch - 1] > now:
+            raise ValueError(f"batch must be at most the {view.waiting} requests that wait")
+        if share > state.free_pct + SHARE_SLACK and not self.oversubscribe or not 1 <= share <= 100:
+            raise ValueError(f"gpu_pct must be from 1 to the {max(state.free_pct, 0):g} % that are free")
+        end = now + (view._service_ns.get((batch, share)) or view.remember_ns(batch, share))
+        code = self._notes.get(note)
+        if code is None:
+            code = self._notes[note] = len(self._notes)
+        number = self._launched
+        self._launched = number + 1
+        self._log.extend((view.index, head, batch, now, end, share, code))
+        state._running[number] = (view, share, batch, now, end)
+        state.free_pct -= share
+        view._head = head + batch
+        view.in_flight += 1
+        self.waiting_total -= batch
+        return number, end
+
+    def drop(self, decision: Drop) -> ServiceView:
+        """Give up the oldest requests of a service; return its view.
+
+        Raises
+        ------
+        ValueError
+            If the service is unknown or fewer requests wait.
+        """
+        view = self.state.by_name.get(decision.service)
+        if view is None:
+            raise ValueError(f"service must be one of {sorted(self.state.by_name)}")
+        if not 1 <= decision.count <= view.waiting:
+            raise ValueError(f"count must be 1 to the {view.waiting} requests that wait")
+        self._dropped.append((view.index, view._head, decision.count))
+        view._head += decision.count
+        self.waiting_total -= decision.count
+        return view
+
+    def finish(self, number: int, end_ns: int | None = None) -> ServiceView:
+        """End a launch and free its share; `end_ns` replaces the predicted end [ns]. Return its service's view."""
+        state = self.state
+        view, share, _, _, _ = state._running.pop(number)
+        view.in_flight -= 1
+        state.free_pct = state.free_pct + share if state._running else 100.0  # exact again whenever the GPU is empty
+        if end_ns is not None:
+            self._log[number * FIELDS + END] = end_ns
+        return view
+
+    def to_trace(self, duration_ms: float, policy: str, seed: int, provenance: Provenance) -> Trace:
+        """Write the books as a `Trace`; launches still running count as not served."""
+        plan = self.plan
+        log = np.frombuffer(self._log, dtype=float).reshape(-1, FIELDS) if self._log else np.empty((0, FIELDS))
+        number = np.arange(len(log))
+        ended = np.isin(number, list(self.state._running), invert=True)
+        log, number = log[ended], number[ended]
+        which, batch = log[:, 0].astype(np.int64), log[:, 2].astype(np.int64)
+        names = [s.name for s in plan.services]
+        services = pd.DataFrame(
+            [{"service": s.name, "model": s.model, "slo_ms": s.slo_ms, "rate_rps": s.rate_rps} for s in plan.services]
+        )
+        launches = pd.DataFrame(
+            {
+                "launch": number,
+                "service": pd.Categorical.from_codes(which, names),
+                "start_ms": log[:, 3] / NS_PER_MS,
+                "end_ms": log[:, END] / NS_PER_MS,
+                "gpu_pct": log[:, 5],
+                "batch": batch,
+                "knee_pct": self._knees(which, batch),
+                "note": pd.Categorical.from_codes(log[:, 6].astype(np.int64), list(self._notes)),
+            }
+        )
+        parts = [self._requests(index, number[which == index], log[which == index]) for index in range(len(names))]
+        code = np.repeat(np.arange(len(names), dtype=np.int8), [p["arrival_ms"].size for p in parts])
+        columns: dict[str, Any] = {"service": pd.Categorical.from_codes(code, names)}
+        for column in ("arrival_ms", "start_ms", "finish_ms", "launch", "outcome"):
+            columns[column] = np.concatenate([p.pop(column) for p in parts])
+        columns["outcome"] = pd.Categorical.from_codes(columns["outcome"], list(OUTCOMES))
+        requests = pd.DataFrame(columns, copy=False)
+        events = pd.DataFrame(self.events, columns=list(EVENTS))
+        return Trace(services, requests, launches, duration_ms, policy, seed, provenance, events)
+
+    def _requests(self, index: int, number: NDArray[np.int64], log: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+        """Spread the launches of one service over its requests; a launch holds a range of them."""
+        arrival = self.arrivals_ns[index]
+        launch = np.full(arrival.size, -1, dtype=np.int32)
+        outcome = np.full(arrival.size, OUTCOMES.index("unserved"), dtype=np.int8)
+        start, finish = np.full(arrival.size, np.nan), np.full(arrival.size, np.nan)
+        head, batch = log[:, 1].astype(np.int64), log[:, 2].astype(np.int64)
+        rows = np.repeat(head + batch - np.cumsum(batch), batch) + np.arange(int(batch.sum()))
+        launch[rows] = np.repeat(number, batch)
+        outcome[rows] = OUTCOMES.index("served")
+        start[rows] = np.repeat(log[:, 3] / NS_PER_MS, batch)
+        finish[rows] = np.repeat(log[:, END] / NS_PER_MS, batch)
+        for service, head, count in self._dropped:
+            if service == index:
+                outcome[head : head + count] = OUTCOMES.index("dropped")
+        return {"arrival_ms": arrival / NS_PER_MS, "start_ms": start, "finish_ms": finish, "launch": launch, "outcome": outcome}
+
+    def _knees(self, which: NDArray[np.int64], batch: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Knee of each launch's batch [GPU%], computed once per service and batch."""
+        width = int(batch.max(initial=0)) + 1
+        used, inverse = np.unique(which * width + batch, return_inverse=True)
+        knees = [self.plan.tables[pair // width].knee_pct(int(pair % width)) for pair in used]
+        return np.asarray(knees, dtype=float)[inverse] if len(used) else np.empty(0)

@@ -1,0 +1,202 @@
+"""What is asked of the GPU (`Service`), what each service is given (`Allocation`), and both together (`Plan`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dstack_lab.arrivals import Arrivals
+from dstack_lab.checks import count, percent, positive, require
+from dstack_lab.provenance import Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One network that answers requests: a model, an SLO and its arrivals.
+
+    Parameters
+    ----------
+    model : str
+        Network, as the profile names it.
+    slo_ms : float
+        A request is in time if it finishes at most this long after its arrival [ms].
+    arrivals : Arrivals
+        When requests come: `Poisson`, `Gamma`, `Deterministic`, `Steps`, `Replay`.
+    name : str, optional
+        Name in tables and figures; the model's by default. Names in one plan are distinct.
+    """
+
+    model: str
+    slo_ms: float
+    arrivals: Arrivals
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.model, str) and bool(self.model), "model", self.model, "a non-empty text")
+        object.__setattr__(self, "slo_ms", positive("slo_ms", self.slo_ms))
+        require(isinstance(self.arrivals, Arrivals), "arrivals", self.arrivals, "an arrival process such as Poisson(rate_rps=100)")
+        object.__setattr__(self, "name", self.name or self.model)
+
+    @property
+    def rate_rps(self) -> float:
+        """Rate a plan is made for [requests/s]."""
+        return self.arrivals.rate_rps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServiceTable:
+    """Service time of one network on a dense grid, for policies and engines that ask often.
+
+    Parameters
+    ----------
+    ms : numpy.ndarray, shape (batch_max, 100)
+        ``ms[b - 1, g - 1]`` is the service time [ms] of a batch of b at g GPU%.
+    """
+
+    ms: NDArray[np.float64]
+    _rows: list[list[float]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ms = np.ascontiguousarray(self.ms, dtype=float)
+        require(ms.ndim == 2 and ms.shape[0] >= 1 and ms.shape[1] == 100, "ms shape", ms.shape, "(batch_max, 100)")
+        require(bool(np.isfinite(ms).all() and (ms > 0).all()), "ms", float(ms.min()), "finite and above 0")
+        ms.setflags(write=False)
+        object.__setattr__(self, "ms", ms)
+        object.__setattr__(self, "_rows", ms.tolist())  # plain lists: ten times faster to index than an array
+
+    @property
+    def batch_max(self) -> int:
+        """Largest batch that was profiled."""
+        return int(self.ms.shape[0])
+
+    def at(self, batch: int, gpu_pct: float) -> float:
+        """Service time [ms] of one batch; between whole GPU% it is interpolated.
+
+        Raises
+        ------
+        ValueError
+            If `batch` is not in 1 to `batch_max`, or `gpu_pct` not in 1 to 100.
+        """
+        low = int(gpu_pct)
+        if not (1 <= batch <= len(self._rows) and 1 <= gpu_pct <= 100):
+            require(False, "(batch, gpu_pct)", (batch, gpu_pct), f"a batch of 1 to {self.batch_max} at 1 to 100 GPU%")
+        row = self._rows[batch - 1]
+        if low == gpu_pct:
+            return row[low - 1]
+        return row[low - 1] + (gpu_pct - low) * (row[low] - row[low - 1])
+
+    def knee_pct(self, batch: int, tolerance: float = 0.05) -> float:
+        """Smallest whole GPU% whose service time is within `tolerance` of the best."""
+        row = self.ms[count("batch", batch) - 1]
+        return float(np.argmax(row <= (1 + tolerance) * row.min()) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Operating point of one service.
+
+    Parameters
+    ----------
+    service : str
+        Name of the service.
+    gpu_pct : float
+        Share of the GPU of each launch, 1 to 100.
+    batch : int
+        Largest batch of a launch.
+    service_ms : float
+        Predicted service time of that batch at that share [ms].
+    """
+
+    service: str
+    gpu_pct: float
+    batch: int
+    service_ms: float
+
+    def __post_init__(self) -> None:
+        percent("gpu_pct", self.gpu_pct)
+        count("batch", self.batch)
+        positive("service_ms", self.service_ms)
+
+    @property
+    def area_pct_ms(self) -> float:
+        """GPU%·ms that one request costs when the batch is full."""
+        return self.gpu_pct * self.service_ms / self.batch
+
+
+class InfeasiblePlan(ValueError):  # noqa: N818 - the name is the finding, and part of the public surface
+    """No plan meets every SLO; the message says which service asks for how much GPU."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Share and batch of each service, with the service times they were chosen from.
+
+    Parameters
+    ----------
+    services : tuple of Service
+    allocations : tuple of Allocation
+        One per service, in the same order.
+    tables : tuple of ServiceTable
+        One per service, in the same order.
+    shares : tuple of float
+        GPU% that the device can grant, ascending.
+    objective : str
+        What the operating points were chosen for.
+    provenance : Provenance
+        Of the profile behind the tables.
+    """
+
+    services: tuple[Service, ...]
+    allocations: tuple[Allocation, ...]
+    tables: tuple[ServiceTable, ...]
+    shares: tuple[float, ...]
+    objective: str
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.services]
+        require(len(names) > 0, "services", names, "1 or more")
+        require(len(set(names)) == len(names), "service names", names, "distinct: give each Service a name of its own")
+        same = names == [a.service for a in self.allocations] and len(self.tables) == len(names)
+        require(same, "allocations", [a.service for a in self.allocations], f"one for each of {names}, in this order")
+        require(len(self.shares) > 0 and list(self.shares) == sorted(self.shares), "shares", self.shares, "ascending GPU%")
+
+    def __getitem__(self, service: str) -> Allocation:
+        """Return the allocation of the service of that name."""
+        for allocation in self.allocations:
+            if allocation.service == service:
+                return allocation
+        raise ValueError(f"service = {service!r}: must be one of {[a.service for a in self.allocations]}")
+
+    @property
+    def demand_pct(self) -> float:
+        """GPU% needed on average to serve every request in full batches; above 100 cannot be sustained."""
+        return sum(s.rate_rps * a.area_pct_ms for s, a in zip(self.services, self.allocations, strict=True)) / 1000
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per service: SLO, rate, share, batch, service time, knee and demand."""
+        rows = [
+            {
+                "service": s.name,
+                "slo_ms": s.slo_ms,
+                "rate_rps": round(s.rate_rps, 1),
+                "gpu_pct": a.gpu_pct,
+                "batch": a.batch,
+                "service_ms": round(a.service_ms, 2),
+                "knee_pct": t.knee_pct(a.batch),
+                "demand_pct": round(s.rate_rps * a.area_pct_ms / 1000, 1),
+            }
+            for s, a, t in zip(self.services, self.allocations, self.tables, strict=True)
+        ]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return f"Plan for {self.objective} from {self.provenance}\n{self.to_frame().to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>Plan for {self.objective} from {self.provenance}</p>{self.to_frame().to_html(index=False)}"
+
+

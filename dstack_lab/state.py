@@ -1,0 +1,171 @@
+"""The words between an engine and a policy: what a policy sees, and what it may answer.
+
+The same objects serve the simulator and real devices. A policy reads a `GpuState` and returns
+`Launch`, `Drop` and `Wake`; it changes nothing itself, and sees nothing of the future.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from typing import NamedTuple
+
+from dstack_lab.services import Allocation, Service, ServiceTable
+
+NS_PER_MS = 1_000_000
+#: Later than any event: 292 years in nanoseconds.
+NEVER_NS = 2**63 - 1
+
+
+class Launch(NamedTuple):
+    """Start one batch: the `batch` oldest requests of `service`, at `gpu_pct`."""
+
+    service: str
+    gpu_pct: float
+    batch: int
+    note: str = ""
+
+
+class Drop(NamedTuple):
+    """Give up the `count` oldest requests of `service`."""
+
+    service: str
+    count: int
+
+
+class Wake(NamedTuple):
+    """Call `decide` again at `at_ms`, whatever happens before."""
+
+    at_ms: float
+
+
+class Running(NamedTuple):
+    """A launch that has not ended; `until_ms` is when it is predicted to."""
+
+    service: str
+    gpu_pct: float
+    batch: int
+    since_ms: float
+    until_ms: float
+
+
+class ServiceView:
+    """One service as a policy sees it.
+
+    Attributes
+    ----------
+    name, index : str, int
+        Its name, and its place in `GpuState.services`.
+    slo_ms : float
+    gpu_pct, batch : float, int
+        Share and batch of the plan.
+    batch_max : int
+        Largest batch that has a known service time.
+    ready : bool
+        A batch is full, or the oldest request has waited the policy's limit.
+    in_flight : int
+        Launches of this service that have not ended.
+    """
+
+    __slots__ = ("_arrivals", "_clock", "_head", "_ready_ns", "_service_ns", "_table", "batch", "batch_max", "gpu_pct", "in_flight", "index", "name", "ready",
+                 "slo_ms", "slo_ns", "wait_ns")  # fmt: skip
+
+    def __init__(self, index: int, service: Service, allocation: Allocation, table: ServiceTable, arrivals: array[int]) -> None:
+        self.index = index
+        self.name = service.name
+        self.slo_ms = service.slo_ms
+        self.slo_ns = round(service.slo_ms * NS_PER_MS)
+        self.gpu_pct = allocation.gpu_pct
+        self.batch = allocation.batch
+        self.ready = False
+        self.in_flight = 0
+        self.wait_ns = 0
+        self.batch_max = table.batch_max
+        self._table = table
+        self._arrivals = arrivals  # [ns], ascending, then NEVER_NS often enough to index a batch ahead
+        self._head = 0  # the oldest request that is neither launched nor dropped
+        self._ready_ns = NEVER_NS
+        self._service_ns: dict[tuple[int, float], int] = {}
+        self._clock: GpuState
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have arrived and are neither launched nor dropped."""
+        arrivals, head, now = self._arrivals, self._head, self._clock.now_ns
+        reach = 16
+        while arrivals[min(head + reach, len(arrivals) - 1)] <= now:  # queues are short: gallop from the head
+            reach *= 4
+        return bisect_right(arrivals, now, head, min(head + reach, len(arrivals) - 1)) - head
+
+    def queued(self, limit: int) -> int:
+        """Return how many requests wait, counted up to `limit`: cheaper than `waiting`."""
+        arrivals, head, now = self._arrivals, self._head, self._clock.now_ns
+        if arrivals[head + limit - 1] <= now:
+            return limit
+        return bisect_right(arrivals, now, head, head + limit) - head
+
+    @property
+    def oldest_arrival_ms(self) -> float:
+        """Arrival of the oldest waiting request [ms]; infinite if none waits."""
+        ns = self._arrivals[self._head]
+        return ns / NS_PER_MS if ns <= self._clock.now_ns else float("inf")
+
+    @property
+    def oldest_deadline_ms(self) -> float:
+        """Deadline of the oldest waiting request [ms]; infinite if none waits."""
+        ns = self._arrivals[self._head]
+        return (ns + self.slo_ns) / NS_PER_MS if ns <= self._clock.now_ns else float("inf")
+
+    def late(self, margin_ms: float = 0.0) -> int:
+        """Return how many waiting requests have a deadline before now + `margin_ms`."""
+        last = self._clock.now_ns + round(margin_ms * NS_PER_MS) - self.slo_ns - 1
+        return min(bisect_right(self._arrivals, last, self._head) - self._head, self.waiting)
+
+    def service_ms(self, batch: int, gpu_pct: float) -> float:
+        """Predicted service time of a batch at a share [ms]."""
+        return self._table.at(batch, gpu_pct)
+
+    def remember_ns(self, batch: int, gpu_pct: float) -> int:
+        """Service time in whole nanoseconds, at least 1; remembered because engines ask for it at each launch."""
+        ns = self._service_ns[batch, gpu_pct] = max(1, round(self._table.at(batch, gpu_pct) * NS_PER_MS))
+        return ns
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.waiting} waiting{', ready' if self.ready else ''}, {self.in_flight} in flight>"
+
+
+class GpuState:
+    """The GPU as a policy sees it at one instant.
+
+    Attributes
+    ----------
+    now_ns : int
+        The clock [ns].
+    free_pct : float
+        GPU% that no launch holds.
+    services : tuple of ServiceView
+    """
+
+    __slots__ = ("_running", "by_name", "free_pct", "now_ns", "services")
+
+    def __init__(self, services: tuple[ServiceView, ...]) -> None:
+        self.now_ns = 0
+        self.free_pct = 100.0
+        self.services = services
+        self.by_name = {view.name: view for view in services}
+        self._running: dict[int, tuple[ServiceView, float, int, int, int]] = {}  # by number of the launch
+        for view in services:
+            view._clock = self
+
+    @property
+    def now_ms(self) -> float:
+        """The clock [ms]."""
+        return self.now_ns / NS_PER_MS
+
+    @property
+    def running(self) -> list[Running]:
+        """Launches that have not ended, oldest first."""
+        return [Running(v.name, g, b, s / NS_PER_MS, e / NS_PER_MS) for v, g, b, s, e in self._running.values()]
+
+    def __getitem__(self, service: str) -> ServiceView:
+        return self.by_name[service]

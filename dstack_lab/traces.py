@@ -1,0 +1,147 @@
+"""Traces: what happened to every request and every launch, simulated or on hardware, in one schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dstack_lab.checks import positive, require
+from dstack_lab.files import whole_file
+from dstack_lab.provenance import Provenance
+
+OUTCOMES = ("served", "dropped", "unserved")
+SERVICES = ("service", "model", "slo_ms", "rate_rps")
+REQUESTS = ("service", "arrival_ms", "start_ms", "finish_ms", "launch", "outcome")
+LAUNCHES = ("launch", "service", "start_ms", "end_ms", "gpu_pct", "batch", "knee_pct", "note")
+EVENTS = ("time_ms", "kind", "service", "detail")
+_TABLES = {"services": SERVICES, "requests": REQUESTS, "launches": LAUNCHES, "events": EVENTS}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """One run of a policy.
+
+    Parameters
+    ----------
+    services : pandas.DataFrame
+        One row per service: ``service``, ``model``, ``slo_ms``, ``rate_rps``.
+    requests : pandas.DataFrame
+        One row per request, by service and arrival: ``service`` (categorical), ``arrival_ms``,
+        ``start_ms`` and ``finish_ms`` (NaN if never served), ``launch`` (-1 if none),
+        ``outcome`` (served, dropped or unserved).
+    launches : pandas.DataFrame
+        One row per launch: ``launch``, ``service``, ``start_ms``, ``end_ms``, ``gpu_pct``, ``batch``,
+        ``knee_pct`` (knee of that batch) and ``note`` (the policy's word for it).
+    duration_ms : float
+        Requests arrive in [0, duration_ms); what still waits then is served afterwards.
+    policy : str
+        Name of the policy.
+    seed : int
+        Seed of the arrivals.
+    provenance : Provenance
+    events : pandas.DataFrame, optional
+        Faults and other news: ``time_ms``, ``kind``, ``service``, ``detail``.
+    """
+
+    services: pd.DataFrame
+    requests: pd.DataFrame
+    launches: pd.DataFrame
+    duration_ms: float
+    policy: str
+    seed: int
+    provenance: Provenance
+    events: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({c: [] for c in EVENTS}))
+
+    def __post_init__(self) -> None:
+        positive("duration_ms", self.duration_ms)
+        for name, columns in _TABLES.items():
+            table = getattr(self, name)
+            require(isinstance(table, pd.DataFrame), name, type(table).__name__, "a pandas DataFrame")
+            require(set(columns) <= set(table.columns), f"{name} columns", list(table.columns), f"at least {list(columns)}")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one compressed ``.npz`` file; it is whole or absent."""
+        target = Path(path).with_suffix(".npz")
+        head = {
+            "format": "dstack_lab trace 1",
+            "duration_ms": self.duration_ms,
+            "policy": self.policy,
+            "seed": self.seed,
+            "provenance": self.provenance.to_dict(),
+        }
+        arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}
+        for name in _TABLES:
+            for column, values in getattr(self, name).items():
+                arrays[f"{name}.{column}"] = _plain(values)
+        with whole_file(target) as temporary, open(temporary, "wb") as out:
+            np.savez_compressed(out, **arrays)
+        return target
+
+    def to_chrome(self, path: str | os.PathLike[str]) -> Path:
+        """Write the launches as a Chrome trace, for Perfetto or chrome://tracing; times there are in µs."""
+        rows = self.launches.sort_values("start_ms")
+        events = [
+            {
+                "name": f"{row.service} b{row.batch}",
+                "cat": row.note or "launch",
+                "ph": "X",
+                "ts": row.start_ms * 1000,
+                "dur": (row.end_ms - row.start_ms) * 1000,
+                "pid": self.policy,
+                "tid": row.service,
+                "args": {"gpu_pct": row.gpu_pct, "batch": row.batch, "launch": row.launch},
+            }
+            for row in rows.itertuples(index=False)
+        ]
+        record = {"traceEvents": events, "otherData": {"provenance": str(self.provenance), "seed": self.seed}}
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+        return Path(path)
+
+
+def load_trace(path: str | os.PathLike[str]) -> Trace:
+    """Load a trace that `Trace.save` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing, damaged or of another format.
+    """
+    source = Path(path)
+    require(source.is_file(), "trace", str(path), "an existing .npz file")
+    try:
+        with np.load(source, allow_pickle=False) as data:
+            head = json.loads(str(data["head"]))
+            require(head.get("format") == "dstack_lab trace 1", "format", head.get("format"), "'dstack_lab trace 1'")
+            tables: dict[str, dict[str, Any]] = {name: {} for name in _TABLES}
+            for key in data.files:
+                if key != "head":
+                    table, column = key.split(".", 1)
+                    tables[table][column] = _categories(data[key])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise ValueError(f"trace {source.name}: must be a whole file written by Trace.save ({error})") from error
+    frames = {name: pd.DataFrame(columns) for name, columns in tables.items()}
+    return Trace(
+        duration_ms=head["duration_ms"],
+        policy=head["policy"],
+        seed=head["seed"],
+        provenance=Provenance.from_dict(head["provenance"]),
+        **frames,
+    )
+
+
+def _plain(values: pd.Series) -> np.ndarray:
+    """Return a column as an array that needs no pickle: texts become fixed-width unicode."""
+    array = values.to_numpy()
+    return array if array.dtype.kind in "biuf" else array.astype("U")
+
+
+def _categories(array: np.ndarray) -> Any:
+    return pd.Categorical(array) if array.dtype.kind == "U" and array.size > len(np.unique(array)) else array
