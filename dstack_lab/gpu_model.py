@@ -1,4 +1,8 @@
-"""The GPU% model: a few measured points -> service time at any batch and share, and the knee."""
+"""The GPU% model: a few measured points -> service time at any batch and share, and the knee.
+
+A mixture of kernels (`surface`) is the backbone, a Gaussian process on what it leaves over
+(`kriging`) the correction; both are read onto one table, made monotone, and interpolated in logs.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 from dstack_lab import knees
 from dstack_lab.checks import require
+from dstack_lab.knees import Knee
+from dstack_lab.kriging import Correction, correct
 from dstack_lab.profiles import Profile
-from dstack_lab.surface import Floats, Mixture, fit_mixture
+from dstack_lab.surface import Floats, Mixture, Prior, fit_mixture
+
+#: Factors on the backbone's ridge that compete on left-out points; the first wins ties.
+_SHRINKS = (1.0, 4.0, 16.0)
+
+#: Left-out rounds are what a fit costs: fewer where many points make each one dear.
+_FEW, _MANY = 12, 60
+
+_SAMPLES = 256
+
+#: Half of the noise, up to 1.5 %, is the curve's own roughness and not the clock's; knee intervals allow for it.
+_ROUGH, _ROUGHEST = 0.5, 0.015
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,14 +41,20 @@ class GpuModel:
         Name of the network.
     error : float
         Median absolute error relative to the points it was fitted to (0.02 is 2 %).
+    held_out_error : float
+        The same for points that were left out of the fit in turn: what to expect elsewhere.
+        NaN where there were too few points to leave any out.
     notes : tuple of str
         What a reader must know: a batch or share that was never varied.
     """
 
     model: str
     error: float
-    _surface: Mixture = field(repr=False)
-    _least_pct: float = field(repr=False)
+    held_out_error: float
+    _batches: Floats = field(repr=False)
+    _shares: Floats = field(repr=False)
+    _log_ms: Floats = field(repr=False)
+    _correction: Correction = field(repr=False)
     notes: tuple[str, ...] = ()
 
     def predict(self, batch: ArrayLike, gpu_pct: ArrayLike) -> float | Floats:
@@ -53,49 +77,212 @@ class GpuModel:
         ValueError
             If a batch is below 1 or a share outside 1 to 100.
         """
-        b, g = _checked(batch, gpu_pct)
-        ms = self._surface(b, g)
+        ms = np.exp(self._log(*_checked(batch, gpu_pct)))
         return float(ms) if ms.ndim == 0 else ms
+
+    def band(self, batch: ArrayLike, gpu_pct: ArrayLike, level: float = 0.9) -> tuple[float, float] | tuple[Floats, Floats]:
+        """Interval that should hold a new measurement with probability `level`.
+
+        Parameters
+        ----------
+        batch, gpu_pct : float or array
+            As for `predict`.
+        level : float
+            Probability, above 0 and below 1.
+
+        Returns
+        -------
+        (low_ms, high_ms)
+            Each in the form of `predict`'s result, around it.
+
+        Raises
+        ------
+        ValueError
+            As `predict`, or if `level` is out of range.
+        """
+        require(0 < level < 1, "level", level, "above 0 and below 1")
+        b, g = _checked(batch, gpu_pct)
+        spread = self._correction.spread(b.ravel(), g.ravel()).reshape(b.shape)
+        # few points say little about their own spread, which Student's t makes up for
+        wide = student_t.ppf((1 + level) / 2, max(3, len(self._correction.at) // 2))
+        half = wide * np.hypot(spread, self._correction.sizes[3])
+        middle = self._log(b, g)
+        low, high = np.exp(middle - half), np.exp(middle + half)
+        return (float(low), float(high)) if low.ndim == 0 else (low, high)
 
     def knee_pct(
         self, batch: float, rule: str = "tolerance", shares: ArrayLike | None = None, slo_ms: float | None = None
     ) -> float:
-        """Knee at one batch [GPU%], one of `shares` (default: 5 % steps from the smallest measured share)."""
-        grid = self._shares(shares)
+        """Knee at one batch [GPU%]; see `knee`, which also says how sure it is."""
+        grid = self._grid(shares)
         return float(knees.knee_pct(grid, self.predict(batch, grid), rule, batch=batch, slo_ms=slo_ms))
 
-    def _shares(self, shares: ArrayLike | None) -> Floats:
+    def knee(
+        self,
+        batch: float,
+        rule: str = "tolerance",
+        shares: ArrayLike | None = None,
+        slo_ms: float | None = None,
+        level: float = 0.9,
+    ) -> Knee:
+        """Knee at one batch with the interval that the model's uncertainty leaves.
+
+        Parameters
+        ----------
+        batch : float
+            Batch, 1 or more.
+        rule : str
+            One of `knees.RULES`.
+        shares : array of shape (n,), optional
+            GPU% to choose from, ascending; by default 5 % steps from the smallest measured share.
+        slo_ms : float, optional
+            Latency objective [ms], for the rule ``capacity``.
+        level : float
+            Probability that the interval should hold the knee.
+
+        Raises
+        ------
+        ValueError
+            As `predict` and `knees.knee_pct`.
+        """
+        require(0 < level < 1, "level", level, "above 0 and below 1")
+        grid = self._grid(shares)
+        curve = np.asarray(self.predict(batch, grid))
+        pct = float(knees.knee_pct(grid, curve, rule, batch=batch, slo_ms=slo_ms))
+        kind = knees.kind_of(grid, curve, pct)
+        others = knees.knee_pct(grid, self._curves(batch, grid), rule, batch=batch, slo_ms=slo_ms)
+        others = others[~np.isnan(others)]
+        if np.isnan(pct) or not len(others):
+            return Knee(pct, pct, pct, rule, kind)
+        low, high = np.quantile(others, [(1 - level) / 2, (1 + level) / 2], method="closest_observation")
+        return Knee(pct, min(pct, float(low)), max(pct, float(high)), rule, kind)
+
+    def _curves(self, batch: float, grid: Floats) -> Floats:
+        """Curves [ms] over `grid` that the points do not rule out: (samples, n), each monotone."""
+        b = np.full_like(grid, batch)
+        values, vectors = np.linalg.eigh(self._correction.covariance(b, grid))
+        draws = np.random.default_rng(0).standard_normal((_SAMPLES, len(grid)))
+        logs = self._log(b, grid) + draws @ (vectors * np.sqrt(np.maximum(values, 0))).T
+        # waves of thread blocks make real curves as rough from share to share as the noise found
+        logs += min(_ROUGH * self._correction.sizes[3], _ROUGHEST) * np.random.default_rng(1).standard_normal(logs.shape)
+        return np.exp(np.minimum.accumulate(logs, axis=1))
+
+    def _log(self, batch: Floats, gpu_pct: Floats) -> Floats:
+        """Log service time by bilinear interpolation in log batch and log share of the monotone table."""
+        x, y = np.log(batch), np.log(gpu_pct)
+        rows, columns = np.log(self._batches), np.log(self._shares)
+        i = np.clip(np.searchsorted(rows, x, side="right") - 1, 0, len(rows) - 2)
+        j = np.clip(np.searchsorted(columns, y, side="right") - 1, 0, len(columns) - 2)
+        u = np.minimum((x - rows[i]) / (rows[i + 1] - rows[i]), 1.0)
+        v = np.clip((y - columns[j]) / (columns[j + 1] - columns[j]), 0.0, 1.0)
+        table = self._log_ms
+        left = (1 - u) * table[i, j] + u * table[i + 1, j]
+        right = (1 - u) * table[i, j + 1] + u * table[i + 1, j + 1]
+        # beyond the table one slope for all shares keeps them in order
+        steep = float((table[-1] - table[-2]).mean() / (rows[-1] - rows[-2]))
+        return np.asarray((1 - v) * left + v * right + steep * np.maximum(x - rows[-1], 0.0))
+
+    def _grid(self, shares: ArrayLike | None) -> Floats:
         if shares is not None:
             return np.asarray(shares, dtype=np.float64)
-        return np.arange(max(5.0, 5 * np.floor(self._least_pct / 5)), 101.0, 5.0)
+        least = float(self._correction.least_pct)
+        return np.arange(max(5.0, 5 * np.floor(least / 5)), 101.0, 5.0)
 
 
-def fit(profile: Profile, model: str) -> GpuModel:
+def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     """Fit the GPU% model of one network to a profile's points.
+
+    Own formulation, after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
 
     Parameters
     ----------
     profile : Profile
-        At least 2 points of `model`; they may be few, scattered and noisy.
+        At least 2 points of `model` (1 with a prior); they may be few, scattered and noisy.
     model : str
         Network in the profile.
+    prior : callable, optional
+        ``prior(batch, gpu_pct) -> ms`` on arrays of one shape: a kernel model, or another GPU's
+        `GpuModel.predict`. Its scale does not matter; its shape holds where points are few, and
+        points correct it where they contradict it.
+
+    Returns
+    -------
+    GpuModel
+        Monotone in both arguments, whatever the points.
 
     Raises
     ------
     ValueError
-        If the profile lacks `model`, or holds fewer than 2 points of it.
+        If the profile lacks `model` or holds too few points of it, or the prior gives anything
+        but finite times above 0.
     """
     rows = profile.of(model)
-    require(len(rows) >= 2, f"points of {model}", len(rows), "2 or more")
+    least = 2 if prior is None else 1
+    require(len(rows) >= least, f"points of {model}", len(rows), f"{least} or more")
     b, g, ms = (rows[c].to_numpy(dtype=np.float64) for c in ("batch", "gpu_pct", "service_ms"))
-    surface = fit_mixture(b, g, ms)
-    error = float(np.median(np.abs(surface(b, g) / ms - 1)))
+    believed = None if prior is None else _guarded(prior)
+    shrink, judged = _judge(b, g, ms, believed)
+    backbone = fit_mixture(b, g, ms, shrink, believed)
+    correction = correct(b, g, np.log(ms / backbone(b, g)), judged)
+    batches, shares = _nodes(b, g)
+    log_ms = _monotone(_table(backbone, correction, batches, shares))
     notes = [
-        f"{name} was never varied: the model is constant in it"
-        for name, varied in (("batch", surface.by_batch), ("gpu_pct", surface.by_share))
+        f"{name} was never varied: " + ("the model is constant in it" if prior is None else "its effect is the prior's")
+        for name, varied in (("batch", backbone.by_batch), ("gpu_pct", backbone.by_share))
         if not varied
     ]
-    return GpuModel(model, error, surface, float(g.min()), tuple(notes))
+    held_out = float(np.median(np.abs(np.expm1(-judged)))) if len(ms) > least else float("nan")
+    made = GpuModel(model, 0.0, held_out, batches, shares, log_ms, correction, tuple(notes))
+    object.__setattr__(made, "error", float(np.median(np.abs(made.predict(b, g) / ms - 1))))
+    return made
+
+
+def _judge(b: Floats, g: Floats, ms: Floats, prior: Prior | None) -> tuple[float, Floats]:
+    """Leave points out in turn; return the best ridge factor and the log errors (n,) at left-out points."""
+    n = len(ms)
+    if n < (4 if prior is None else 3):
+        return _SHRINKS[-1], np.zeros(n)
+    folds = np.random.default_rng(0).permutation(n) % (n if n <= _FEW else 8 if n <= _MANY else 4)
+    best, chosen, judged = np.inf, _SHRINKS[0], np.zeros(n)
+    for shrink in _SHRINKS if n <= _MANY else _SHRINKS[:1]:
+        off = np.zeros(n)
+        for fold in range(folds.max() + 1):
+            out = folds == fold
+            kept = fit_mixture(b[~out], g[~out], ms[~out], shrink, prior)
+            off[out] = np.log(ms[out] / kept(b[out], g[out]))
+        cost = float(np.minimum(np.abs(off), 0.5).mean())
+        if cost < 0.95 * best:
+            best, chosen, judged = cost, shrink, off
+    return chosen, judged
+
+
+def _nodes(b: Floats, g: Floats) -> tuple[Floats, Floats]:
+    """Batches and shares of the table: all that were measured, and enough others to bend between them."""
+    batches = np.union1d(np.unique(b), np.geomspace(1, 4 * max(32.0, b.max()), 40))
+    shares = np.union1d(np.unique(g), np.arange(1.0, 101.0))
+    return batches, shares
+
+
+def _table(backbone: Mixture, correction: Correction, batches: Floats, shares: Floats) -> Floats:
+    b, g = np.broadcast_arrays(batches[:, None], shares[None, :])
+    return np.asarray(np.log(backbone(b, g)) + correction.mean(b.ravel(), g.ravel()).reshape(b.shape))
+
+
+def _monotone(log_ms: Floats) -> Floats:
+    """Mean of the tightest monotone tables above and below: itself monotone, and no change where already so."""
+    above = np.maximum.accumulate(np.maximum.accumulate(log_ms[:, ::-1], axis=1)[:, ::-1], axis=0)
+    below = np.minimum.accumulate(np.minimum.accumulate(log_ms, axis=1)[::-1], axis=0)[::-1]
+    return np.asarray((above + below) / 2)
+
+
+def _guarded(prior: Prior) -> Prior:
+    def checked(batch: Floats, gpu_pct: Floats) -> Floats:
+        ms = np.broadcast_to(np.asarray(prior(batch, gpu_pct), dtype=np.float64), batch.shape)
+        good = np.isfinite(ms) & (ms > 0)
+        require(bool(good.all()), "prior(batch, gpu_pct)", None if good.all() else float(ms[~good].flat[0]), "finite ms above 0")
+        return ms
+
+    return checked
 
 
 def _checked(batch: ArrayLike, gpu_pct: ArrayLike) -> tuple[Floats, Floats]:

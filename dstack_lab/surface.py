@@ -6,14 +6,17 @@ is a sequence of such kernels, so its service time is a sum with weights of zero
     L(b, g) = t0 + t1 b + sum_j w_j max(b / g, 1 / q_j)      parallelism grows with the batch
                         + sum_j v_j b max(1 / g, 1 / s_j)     bandwidth saturates at a share
                         + sum_j u_j max(1 / g, 1 / s_j)       work that every batch pays once
+                        + sum_k r_k(b) (t_k + sum_j u_jk max(1 / g, 1 / s_j))
 
-Every term never falls with b and never rises with g, hence neither does L: monotone by construction,
-and the fit is one small non-negative least-squares problem (no starting values, no local minima).
-Own formulation, after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
+where r_k climbs from 0 to 1 between the measured batches k and k + 1: the library switched kernels
+there. Every term never falls with b and never rises with g, hence neither does L: monotone by
+construction, and the fit is one small non-negative least-squares problem (no starting values, no
+local minima). Own formulation, after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,26 +25,42 @@ from scipy.optimize import nnls
 
 Floats = NDArray[np.float64]
 
-#: Saturation shares [GPU%] of the terms: 1.5 % steps would not be resolved by any profile.
+#: (batch, gpu_pct) arrays of one shape -> service time [ms], same shape.
+Prior = Callable[[Floats, Floats], Floats]
+
+#: Saturation shares [GPU%] of the terms: finer than any profile resolves.
 _PER_ITEM_PCT = np.geomspace(1.0, 100.0, 13)
 _FIXED_PCT = np.array([10.0, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100])
+_STEP_PCT = np.array([10.0, 20, 40, 70, 100])
+
+#: Ridge on each term's part of the whole: a trace of it makes look-alike terms share their weight
+#: evenly; steps must pay ten times more, so that they appear only where a smooth batch law fails.
+_RIDGE, _STEP_RIDGE = 0.02, 0.2
+
+_MOST_KNOTS = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """The fitted sum of kernels.
+    """The fitted sum of kernels, on top of a prior if one was given.
 
     Parameters
     ----------
     weights : array of shape (terms,)
         Zero or more, in the order of `_terms`.
+    knots : array of shape (k,)
+        Batches between which a step may lie.
+    prior : callable or None
+        First term of the sum, weighted like the others.
     by_batch, by_share : bool
-        Whether the fit saw more than one batch or share; if not, the surface is constant in it.
+        Whether the fit saw more than one batch or share; if not, the terms are constant in it.
     batch, gpu_pct : float
         The one batch or share that stands in where it was never varied.
     """
 
     weights: Floats
+    knots: Floats
+    prior: Prior | None
     by_batch: bool
     by_share: bool
     batch: float
@@ -49,42 +68,67 @@ class Mixture:
 
     def __call__(self, batch: Floats, gpu_pct: Floats) -> Floats:
         """Service time [ms] at batches and shares of one shape."""
+        return np.asarray(self._all_terms(batch, gpu_pct) @ self.weights)
+
+    def _all_terms(self, batch: Floats, gpu_pct: Floats) -> Floats:
         b = batch if self.by_batch else np.full_like(batch, self.batch)
         g = gpu_pct if self.by_share else np.full_like(gpu_pct, self.gpu_pct)
-        return np.asarray(_terms(b, g) @ self.weights)
+        own = _terms(b, g, self.knots)
+        if self.prior is None:
+            return own
+        return np.concatenate([np.asarray(self.prior(batch, gpu_pct))[..., None], own], axis=-1)
 
 
-def fit_mixture(batch: Floats, gpu_pct: Floats, service_ms: Floats, rounds: int = 6) -> Mixture:
+def fit_mixture(
+    batch: Floats, gpu_pct: Floats, service_ms: Floats, shrink: float = 1.0, prior: Prior | None = None, rounds: int = 4
+) -> Mixture:
     """Fit by non-negative least squares on relative error, re-weighted so that outliers count little.
 
     Parameters
     ----------
     batch, gpu_pct, service_ms : arrays of shape (n,)
         Measured points, n >= 1.
+    shrink : float
+        Factor on the ridge: larger is smoother, and closer to the prior if there is one.
+    prior : callable, optional
+        Service time [ms] expected before measuring; only its shape matters.
     rounds : int
         Re-weightings (Cauchy weights at the spread of the residuals).
     """
-    by_batch, by_share = bool(np.ptp(batch) > 0), bool(np.ptp(gpu_pct) > 0)
-    terms = _terms(batch, gpu_pct)
-    scale = terms.max(axis=0)
-    # a whisper of ridge makes the split between look-alike terms unique and even
-    ridge = 0.02 * np.eye(terms.shape[1])
-    root = np.ones(len(batch))
+    knots = np.unique(batch)
+    if len(knots) > _MOST_KNOTS:
+        even = np.geomspace(knots[0], knots[-1], _MOST_KNOTS)
+        knots = np.unique(knots[np.abs(np.log(knots[:, None] / even)).argmin(axis=0)])
+    varied = bool(np.ptp(batch) > 0), bool(np.ptp(gpu_pct) > 0)
+    blank = Mixture(np.zeros(0), knots, prior, *varied, float(batch[0]), float(gpu_pct[0]))
+    parts = blank._all_terms(batch, gpu_pct) / service_ms[:, None]
+    scale = np.sqrt((parts**2).mean(axis=0))
+    parts = parts / scale
+    smooth = 2 + len(_PER_ITEM_PCT) + 2 * len(_FIXED_PCT)
+    ridge = np.full(len(scale), _STEP_RIDGE * shrink)
+    first = 0 if prior is None else 1
+    ridge[: first + smooth] = _RIDGE * shrink
+    ridge[:first] = 1e-3
+    trust = np.ones(len(batch))
     for _ in range(rounds):
-        rows = terms / scale / service_ms[:, None] * np.median(service_ms)
-        right = np.full(len(batch), np.median(service_ms))
-        rows, right = rows * root[:, None], right * root
-        solution, _ = nnls(np.vstack([rows, ridge]), np.concatenate([right, np.zeros(len(ridge))]), maxiter=2000)
-        weights = solution / scale
-        off = np.log(np.maximum(terms @ weights, 1e-12) / service_ms)
+        rows = np.vstack([parts * trust[:, None], np.diag(ridge)])
+        share, _ = nnls(rows, np.concatenate([trust, np.zeros(len(ridge))]), maxiter=20 * len(ridge))
+        off = np.log(np.maximum(parts @ share, 1e-12))
         spread = max(1.4826 * float(np.median(np.abs(off))), 0.005)
-        root = 1 / np.sqrt(1 + (off / (3 * spread)) ** 2)
-    return Mixture(weights, by_batch, by_share, float(batch[0]), float(gpu_pct[0]))
+        trust = 1 / np.sqrt(1 + (off / (3 * spread)) ** 2)
+    return Mixture(share / scale, knots, prior, *varied, float(batch[0]), float(gpu_pct[0]))
 
 
-def _terms(batch: Floats, gpu_pct: Floats) -> Floats:
-    """Values of all terms, shape (..., terms): each non-decreasing in batch, non-increasing in share."""
+def _terms(batch: Floats, gpu_pct: Floats, knots: Floats) -> Floats:
+    """Values of all own terms, shape (..., terms): each non-decreasing in batch, non-increasing in share."""
     b, g = batch[..., None], gpu_pct[..., None]
+    one = np.ones_like(b)
     saturating = np.maximum(1 / g, 1 / _FIXED_PCT)
-    serial = np.broadcast_to(np.concatenate([np.ones_like(b), b], axis=-1), (*b.shape[:-1], 2))
-    return np.concatenate([serial, np.maximum(b / g, 1 / _PER_ITEM_PCT), b * saturating, saturating], axis=-1)
+    smooth = [one, b, np.maximum(b / g, 1 / _PER_ITEM_PCT), b * saturating, saturating]
+    if len(knots) == 1:
+        return np.concatenate(smooth, axis=-1)
+    level = np.log(knots)
+    climb = np.clip((np.log(b) - level[:-1]) / np.diff(level), 0, 1)
+    shape = np.concatenate([one, np.maximum(1 / g, 1 / _STEP_PCT)], axis=-1)
+    steps = climb[..., :, None] * shape[..., None, :]
+    return np.concatenate([*smooth, steps.reshape(*batch.shape, -1)], axis=-1)
