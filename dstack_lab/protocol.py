@@ -23,7 +23,8 @@ any                                                            error    error, m
 - ``cpu_ms``: processor time of all threads; ``cpu_ms / wall_ms`` is the number of effective cores.
 - ``time`` repeats until `repeats` batches and `min_ms` are both reached, or `max_ms` is.
 - ``threads``: use this many from now on, when a worker was leased another number of cores.
-- ``facts``: what the backend has to say about its device; empty on the CPU.
+- ``facts``: what the backend has to say about its device; on the CPU ``team``, the numbers of the
+  threads that compute.
 - ``error``: one of `ERRORS`.
 """
 

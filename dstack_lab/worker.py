@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from dstack_lab.checks import count, non_negative, require
+from dstack_lab.devices.spawn import spread, threads_of
 from dstack_lab.protocol import OPS, Lines, Message, encode
 from dstack_lab.provenance import versions_here
 
@@ -47,6 +48,7 @@ class CpuBackend:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.threads = 0
+        self.team = [os.getpid()]  # the threads that compute: this one and torch's pool
 
     def load(self) -> Message:
         """Import torch and build the network.
@@ -67,13 +69,22 @@ class CpuBackend:
         self.module = network.module
         self.pool = network.example(self.options.pool)
         self.run([0])  # makes the threads and workspaces that a memory cap is not meant to count
-        return {}
+        return {"team": self.team}
 
     def set_threads(self, threads: int) -> None:
-        """Use `threads` threads; torch makes or ends pool threads at its next parallel work."""
-        if threads != self.threads:
-            self.torch.set_num_threads(threads)
-            self.threads = threads
+        """Use `threads` threads, each on a core of its own."""
+        if threads == self.threads:
+            return
+        self.torch.set_num_threads(threads)
+        self.threads = threads
+        if threads > len(self.team):
+            me = os.getpid()
+            cores = sorted(set().union(*map(os.sched_getaffinity, self.team)))
+            os.sched_setaffinity(0, cores)  # new threads begin on the cores of their maker
+            before = threads_of(me)
+            self.torch.zeros(threads << 16).neg_()  # large enough to make all of them now
+            self.team += sorted(threads_of(me) - before)
+            spread(me, self.team, cores)
 
     def run(self, inputs: Sequence[int]) -> list[list[float]]:
         """Gather the inputs, run the network, digest its answer."""
@@ -224,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_with_parent(options.parent, options.parent_signal)
     out = os.dup(1)  # whatever a library prints goes to standard error, not among the messages
     os.dup2(2, 1)
-    begin = time.perf_counter()
+    begin, cores = time.perf_counter(), sorted(os.sched_getaffinity(0))
     backend = BACKENDS[options.device](options)
     try:
         facts = backend.load()
@@ -237,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _send(out, {"reply": "failed", **describe(error)})
         return 1
     ready: Message = {"reply": "ready", "pid": os.getpid(), "threads": options.threads, "facts": facts}
-    ready |= {"cores": sorted(os.sched_getaffinity(0)), "versions": versions_here("torch", "torchvision")}
+    ready |= {"cores": cores, "versions": versions_here("torch", "torchvision")}
     _send(out, ready | {"load_ms": (time.perf_counter() - begin) * 1e3})
     lines = Lines()
     while data := os.read(0, 65536):

@@ -18,7 +18,7 @@ from typing import Self
 
 from dstack_lab.checks import count, percent, positive, require
 from dstack_lab.devices.base import WorkerDied, WorkerFailed, WorkerTimeout
-from dstack_lab.devices.spawn import end, keep_tail, on_cores, threads_of, worker_env
+from dstack_lab.devices.spawn import end, keep_tail, on_cores, spread, worker_env
 from dstack_lab.protocol import Lines, Message, encode
 
 
@@ -107,6 +107,7 @@ class WorkerProcess:
         self._readable = select.poll()
         self._readable.register(self._out, select.POLLIN)
         self._lines, self._inbox, self._ended = Lines(), deque[Message](), False
+        self._team: list[int] = []
         self._tail = bytearray()
         self._listener = threading.Thread(target=keep_tail, args=(self._process.stderr, self._tail), daemon=True)
         self._listener.start()
@@ -217,7 +218,10 @@ class WorkerProcess:
         return message
 
     def pin(self, cores: Iterable[int]) -> None:
-        """Move all threads of the worker to `cores` now; threads made later follow.
+        """Move all threads of the worker to `cores` now, its computing threads to one core each.
+
+        With fewer cores than threads, say so in the next request's ``threads``: threads that
+        wait for each other on one core are many times slower than one thread.
 
         Raises
         ------
@@ -229,13 +233,8 @@ class WorkerProcess:
         if not self._finalizer.alive:  # its number may be another process's by now
             raise self._death()
         cores = tuple(sorted(set(cores)))
-        done: set[int] = set()
         try:
-            while fresh := threads_of(self.pid) - done:  # again, for threads born meanwhile
-                for thread in fresh:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.sched_setaffinity(thread, cores)
-                done |= fresh
+            spread(self.pid, self._team, cores)
         except FileNotFoundError:
             raise self._death() from None
         except OSError as error:
@@ -276,7 +275,10 @@ class WorkerProcess:
             except BlockingIOError:
                 return
             self._ended = not data
-            self._inbox.extend(self._lines.feed(data))
+            for message in self._lines.feed(data):
+                if message["reply"] == "ready":
+                    self._team = message["facts"].get("team", [])
+                self._inbox.append(message)
 
     def _death(self) -> WorkerDied:
         """Say how the process ended, with its last words."""

@@ -76,3 +76,26 @@ def threads_of(pid: int) -> set[int]:
         If there is no such process.
     """
     return {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
+def spread(pid: int, team: Sequence[int], cores: Sequence[int]) -> None:
+    """Put all threads of a process on `cores`, and those of `team` on one core each, in turn.
+
+    The team computes in step. Left to the kernel, two of its threads stay on one core for seconds
+    when a foreign thread runs on the other, and each waits for the other in every layer: three
+    times slower again than the foreign thread makes it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such process.
+    OSError
+        If none of the cores can be used.
+    """
+    done: set[int] = set()
+    while fresh := threads_of(pid) - done:  # again, for threads born meanwhile
+        for thread in fresh:
+            place = [cores[team.index(thread) % len(cores)]] if thread in team else cores
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, place)
+        done |= fresh
