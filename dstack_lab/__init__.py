@@ -1,1 +1,50 @@
-"""Several neural networks on one GPU."""
+"""dstack_lab: see, measure and teach how several neural networks share one GPU.
+
+Five nouns: a `Profile` (service times by network, batch and GPU%), a `Service` (network, SLO and
+arrivals), a `Plan` (share and batch of each service), a policy (who runs when) and a `Trace` (what
+happened). Importing the package loads neither torch nor plotly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+#: Public name -> module that holds it.
+_HOMES = {
+    "arrivals": ("Deterministic", "Gamma", "Poisson", "Replay", "Steps"),
+    "profiles": ("Profile", "load_profile"),
+    "provenance": ("Provenance",),
+    "traces": ("Trace", "load_trace"),
+    "services": ("Allocation", "InfeasiblePlan", "Plan", "Service"),
+    "gpu_model": ("fit",),
+    "metrics": ("jain", "summary"),
+    "optimizer": ("bound", "optimize"),
+    "policies": ("DStack", "Drop", "Launch", "Policy", "Temporal", "Wake"),
+    "simulator": ("simulate",),
+    "ledger": ("PolicyError",),
+    "profiler": ("measure",),
+    "runner": ("run",),
+}
+_MODULES = ("devices", "figures", "policies", "zoo")
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -99,7 +99,7 @@ class Ledger:
             raise ValueError(f"batch must be 1 to {view.batch_max}")
         if view._arrivals[head + batch - 1] > now:
             raise ValueError(f"batch must be at most the {view.waiting} requests that wait")
-        if share > state.free_pct + SHARE_SLACK and not self.oversubscribe or not 1 <= share <= 100:
+        if (share > state.free_pct + SHARE_SLACK and not self.oversubscribe) or not 1 <= share <= 100:
             raise ValueError(f"gpu_pct must be from 1 to the {max(state.free_pct, 0):g} % that are free")
         end = now + (view._service_ns.get((batch, share)) or view.remember_ns(batch, share))
         code = self._notes.get(note)
@@ -126,11 +126,11 @@ class Ledger:
         view = self.state.by_name.get(decision.service)
         if view is None:
             raise ValueError(f"service must be one of {sorted(self.state.by_name)}")
-        if not 1 <= decision.count <= view.waiting:
-            raise ValueError(f"count must be 1 to the {view.waiting} requests that wait")
-        self._dropped.append((view.index, view._head, decision.count))
-        view._head += decision.count
-        self.waiting_total -= decision.count
+        if not 1 <= decision.requests <= view.waiting:
+            raise ValueError(f"requests must be 1 to the {view.waiting} requests that wait")
+        self._dropped.append((view.index, view._head, decision.requests))
+        view._head += decision.requests
+        self.waiting_total -= decision.requests
         return view
 
     def finish(self, number: int, end_ns: int | None = None) -> ServiceView:
@@ -158,21 +158,21 @@ class Ledger:
         launches = pd.DataFrame(
             {
                 "launch": number,
-                "service": pd.Categorical.from_codes(which, names),
+                "service": _coded(which, names),
                 "start_ms": log[:, 3] / NS_PER_MS,
                 "end_ms": log[:, END] / NS_PER_MS,
                 "gpu_pct": log[:, 5],
                 "batch": batch,
                 "knee_pct": self._knees(which, batch),
-                "note": pd.Categorical.from_codes(log[:, 6].astype(np.int64), list(self._notes)),
+                "note": _coded(log[:, 6].astype(np.int64), self._notes),
             }
         )
         parts = [self._requests(index, number[which == index], log[which == index]) for index in range(len(names))]
         code = np.repeat(np.arange(len(names), dtype=np.int8), [p["arrival_ms"].size for p in parts])
-        columns: dict[str, Any] = {"service": pd.Categorical.from_codes(code, names)}
+        columns: dict[str, Any] = {"service": _coded(code, names)}
         for column in ("arrival_ms", "start_ms", "finish_ms", "launch", "outcome"):
             columns[column] = np.concatenate([p.pop(column) for p in parts])
-        columns["outcome"] = pd.Categorical.from_codes(columns["outcome"], list(OUTCOMES))
+        columns["outcome"] = _coded(columns["outcome"], OUTCOMES)
         requests = pd.DataFrame(columns, copy=False)
         events = pd.DataFrame(self.events, columns=list(EVENTS))
         return Trace(services, requests, launches, duration_ms, policy, seed, provenance, events)
@@ -189,9 +189,9 @@ class Ledger:
         outcome[rows] = OUTCOMES.index("served")
         start[rows] = np.repeat(log[:, 3] / NS_PER_MS, batch)
         finish[rows] = np.repeat(log[:, END] / NS_PER_MS, batch)
-        for service, head, count in self._dropped:
+        for service, start_at, requests in self._dropped:
             if service == index:
-                outcome[head : head + count] = OUTCOMES.index("dropped")
+                outcome[start_at : start_at + requests] = OUTCOMES.index("dropped")
         return {"arrival_ms": arrival / NS_PER_MS, "start_ms": start, "finish_ms": finish, "launch": launch, "outcome": outcome}
 
     def _knees(self, which: NDArray[np.int64], batch: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -200,3 +200,8 @@ class Ledger:
         used, inverse = np.unique(which * width + batch, return_inverse=True)
         knees = [self.plan.tables[pair // width].knee_pct(int(pair % width)) for pair in used]
         return np.asarray(knees, dtype=float)[inverse] if len(used) else np.empty(0)
+
+
+def _coded(codes: NDArray[Any], names: Iterable[str]) -> pd.Categorical:
+    """Return names by code, at one or two bytes each."""
+    return pd.Categorical.from_codes(codes.tolist() if codes.size == 0 else codes, pd.Index(list(names), dtype=object))

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dstack_lab.arrivals import Arrivals
-from dstack_lab.checks import count, percent, positive, require
+from dstack_lab.checks import count, non_negative, percent, positive, require
 from dstack_lab.provenance import Provenance
 
 
@@ -37,7 +37,9 @@ class Service:
     def __post_init__(self) -> None:
         require(isinstance(self.model, str) and bool(self.model), "model", self.model, "a non-empty text")
         object.__setattr__(self, "slo_ms", positive("slo_ms", self.slo_ms))
-        require(isinstance(self.arrivals, Arrivals), "arrivals", self.arrivals, "an arrival process such as Poisson(rate_rps=100)")
+        require(
+            isinstance(self.arrivals, Arrivals), "arrivals", self.arrivals, "an arrival process such as Poisson(rate_rps=100)"
+        )
         object.__setattr__(self, "name", self.name or self.model)
 
     @property
@@ -108,17 +110,21 @@ class Allocation:
         Largest batch of a launch.
     service_ms : float
         Predicted service time of that batch at that share [ms].
+    rate_rps : float
+        Rate it is sized for [requests/s]; below the service's own where a plan rejects load.
     """
 
     service: str
     gpu_pct: float
     batch: int
     service_ms: float
+    rate_rps: float
 
     def __post_init__(self) -> None:
         percent("gpu_pct", self.gpu_pct)
         count("batch", self.batch)
         positive("service_ms", self.service_ms)
+        non_negative("rate_rps", self.rate_rps)
 
     @property
     def area_pct_ms(self) -> float:
@@ -126,7 +132,7 @@ class Allocation:
         return self.gpu_pct * self.service_ms / self.batch
 
 
-class InfeasiblePlan(ValueError):  # noqa: N818 - the name is the finding, and part of the public surface
+class InfeasiblePlan(ValueError):
     """No plan meets every SLO; the message says which service asks for how much GPU."""
 
 
@@ -173,8 +179,8 @@ class Plan:
 
     @property
     def demand_pct(self) -> float:
-        """GPU% needed on average to serve every request in full batches; above 100 cannot be sustained."""
-        return sum(s.rate_rps * a.area_pct_ms for s, a in zip(self.services, self.allocations, strict=True)) / 1000
+        """GPU% needed on average to serve the planned rates in full batches; above 100 cannot be sustained."""
+        return sum(a.rate_rps * a.area_pct_ms for a in self.allocations) / 1000
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per service: SLO, rate, share, batch, service time, knee and demand."""
@@ -182,12 +188,12 @@ class Plan:
             {
                 "service": s.name,
                 "slo_ms": s.slo_ms,
-                "rate_rps": round(s.rate_rps, 1),
+                "rate_rps": round(a.rate_rps, 1),
                 "gpu_pct": a.gpu_pct,
                 "batch": a.batch,
                 "service_ms": round(a.service_ms, 2),
                 "knee_pct": t.knee_pct(a.batch),
-                "demand_pct": round(s.rate_rps * a.area_pct_ms / 1000, 1),
+                "demand_pct": round(a.rate_rps * a.area_pct_ms / 1000, 1),
             }
             for s, a, t in zip(self.services, self.allocations, self.tables, strict=True)
         ]
@@ -198,5 +204,3 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return f"<p>Plan for {self.objective} from {self.provenance}</p>{self.to_frame().to_html(index=False)}"
-
-

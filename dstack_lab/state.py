@@ -27,10 +27,10 @@ class Launch(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Give up the `count` oldest requests of `service`."""
+    """Give up the `requests` oldest requests of `service`."""
 
     service: str
-    count: int
+    requests: int
 
 
 class Wake(NamedTuple):
@@ -67,8 +67,10 @@ class ServiceView:
         Launches of this service that have not ended.
     """
 
-    __slots__ = ("_arrivals", "_clock", "_head", "_ready_ns", "_service_ns", "_table", "batch", "batch_max", "gpu_pct", "in_flight", "index", "name", "ready",
-                 "slo_ms", "slo_ns", "wait_ns")  # fmt: skip
+    __slots__ = (
+        *("_arrivals", "_clock", "_head", "_ready_ns", "_service_ns", "_table"),
+        *("batch", "batch_max", "gpu_pct", "in_flight", "index", "name", "ready", "slo_ms", "slo_ns", "wait_ns"),
+    )
 
     def __init__(self, index: int, service: Service, allocation: Allocation, table: ServiceTable, arrivals: array[int]) -> None:
         self.index = index
@@ -166,6 +168,15 @@ class GpuState:
     def running(self) -> list[Running]:
         """Launches that have not ended, oldest first."""
         return [Running(v.name, g, b, s / NS_PER_MS, e / NS_PER_MS) for v, g, b, s, e in self._running.values()]
+
+    def held_pct(self, at_ms: float) -> dict[str, float]:
+        """GPU% by service of the launches that are predicted to run beyond `at_ms`."""
+        at = at_ms * NS_PER_MS + 0.5
+        held: dict[str, float] = {}
+        for view, share, _, _, end in self._running.values():
+            if end > at:
+                held[view.name] = held.get(view.name, 0.0) + share
+        return held
 
     def __getitem__(self, service: str) -> ServiceView:
         return self.by_name[service]

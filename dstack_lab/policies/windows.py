@@ -1,0 +1,157 @@
+"""The period plan: which service may launch when, as windows that repeat and always fit side by side."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+
+from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
+
+#: Windows are sized for this many times the mean rate, so that bursts fit; the first that can be placed is taken.
+HEADROOMS = (1.5, 1.3, 1.15, 1.0)
+#: Parts of the load that a plan which rejects the rest may be sized for.
+PARTS = (0.85, 0.7, 0.5, 0.3, 0.1)
+#: Sets of operating points tried before a plan counts as infeasible, and most windows of a service in a period.
+ATTEMPTS, MOST_WINDOWS = 400, 24
+EPSILON_MS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A reserved launch: `gpu_pct` for `service` from `start_ms` to `end_ms` of every period.
+
+    `next_end_ms` is when the service's following window ends: what need not run now can run then.
+    """
+
+    start_ms: float
+    end_ms: float
+    service: str
+    gpu_pct: float
+    batch: int
+    next_end_ms: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    windows: int  # in a period
+    point: Allocation
+    reserved: float  # part of the GPU's time and space
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodPlan:
+    """Windows of one period, by start, and the operating points they were placed for."""
+
+    period_ms: float
+    windows: tuple[Window, ...]
+    allocations: tuple[Allocation, ...]
+
+
+def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
+    """Place the launch windows of `plan`; after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
+
+    The period is the largest SLO. Each service gets windows often enough for its SLO and its rate, at
+    the share of the plan, sized for the requests that come between two of them. They are placed
+    earliest deadline first, at the earliest time where the shares never exceed 100 % and no two
+    windows of one service overlap. What cannot be placed gives way, by the smallest loss of GPU time
+    first: a service's share is lowered one step, or its windows come more often with smaller batches.
+    With `reject`, windows for a part of the load will do.
+
+    Raises
+    ------
+    InfeasiblePlan
+        If nothing fits; the message says which service asks for how much.
+    """
+    period = max(service.slo_ms for service in plan.services)
+    for headroom in HEADROOMS + (PARTS if reject else ()):
+        options = [
+            _options(period, *r, plan.shares, headroom) for r in zip(plan.services, plan.allocations, plan.tables, strict=True)
+        ]
+        if not all(options):
+            continue
+        start = (0,) * len(options)
+        frontier, seen = [(0.0, start)], {start}
+        for _ in range(ATTEMPTS):
+            if not frontier:
+                break
+            _, at = heappop(frontier)
+            chosen = [ranked[i] for ranked, i in zip(options, at, strict=True)]
+            if (windows := _place(period, plan.services, chosen)) is not None:
+                return PeriodPlan(period, _chain(period, windows), tuple(option.point for option in chosen))
+            for k, ranked in enumerate(options):
+                following = (*at[:k], at[k] + 1, *at[k + 1 :])
+                if following[k] < len(ranked) and following not in seen:
+                    seen.add(following)
+                    heappush(frontier, (sum(r[i].reserved for r, i in zip(options, following, strict=True)), following))
+    asks = ", ".join(
+        f"{a.service} {a.gpu_pct:g} % for {a.service_ms:.1f} ms at {a.rate_rps:g}/s within {s.slo_ms:g} ms"
+        for a, s in zip(plan.allocations, plan.services, strict=True)
+    )
+    raise InfeasiblePlan(f"no period of {period:g} ms holds every service's windows: {asks}; lower a rate or relax an SLO")
+
+
+def _chain(period: float, windows: list[Window]) -> tuple[Window, ...]:
+    """Order the windows by start and tell each when its service's next one ends."""
+    ordered = sorted(windows, key=lambda w: (w.start_ms, w.service))
+    chained = []
+    for i, window in enumerate(ordered):
+        turns = [(w, period * (j <= i)) for j, w in enumerate(ordered) if w.service == window.service]
+        following, turn = min(turns, key=lambda t: t[0].start_ms + t[1])
+        chained.append(replace(window, next_end_ms=following.end_ms + turn))
+    return tuple(chained)
+
+
+def _options(
+    period: float, service: Service, point: Allocation, table: ServiceTable, shares: tuple[float, ...], headroom: float
+) -> list[_Option]:
+    """Ways to give a service its windows: the plan's share first, then the rest by the GPU time they reserve."""
+    found = []
+    for share in (s for s in shares if s <= point.gpu_pct):
+        for windows in range(1, MOST_WINDOWS + 1):
+            batch = max(1, math.ceil(headroom * point.rate_rps * period / 1000 / windows - EPSILON_MS))
+            if batch > table.batch_max:
+                continue
+            ms = table.at(batch, share)
+            gap = period / windows
+            if gap + ms <= service.slo_ms and ms <= gap:
+                new = Allocation(point.service, share, batch, ms, point.rate_rps)
+                found.append(_Option(windows, new, windows * share * ms / (100 * period)))
+            if batch == 1 and found and found[-1].windows < windows:
+                break
+    found.sort(key=lambda o: (o.point.gpu_pct != point.gpu_pct or o.point.batch > point.batch, o.reserved))
+    return found
+
+
+def _place(period: float, services: tuple[Service, ...], chosen: list[_Option]) -> list[Window] | None:
+    """Earliest deadline first; None if a window cannot start in time."""
+    if sum(option.reserved for option in chosen) > 1 + EPSILON_MS:
+        return None
+    wanted = []
+    for service, option in zip(services, chosen, strict=True):
+        gap = period / option.windows
+        room = service.slo_ms - option.point.service_ms - gap  # a window may start this much after its nominal time
+        wanted += [(j * gap + room, j * gap, option.point) for j in range(option.windows)]
+    placed: list[Window] = []
+    for latest, release, point in sorted(wanted, key=lambda w: (w[0], w[1], w[2].service)):
+        start = _earliest(period, placed, point, release, latest)
+        if start is None:
+            return None
+        placed.append(Window(start, start + point.service_ms, point.service, point.gpu_pct, point.batch))
+    return placed
+
+
+def _earliest(period: float, placed: list[Window], point: Allocation, release: float, latest: float) -> float | None:
+    """First start from `release` to `latest` where the share is free throughout, on a circle of one period."""
+    around = [(w.start_ms + turn, w.end_ms + turn, w) for w in placed for turn in (-period, 0.0, period)]
+    starts = sorted({release, *(end for _, end, _ in around if release < end <= latest + EPSILON_MS)})
+    for start in starts:
+        end = start + point.service_ms
+        beside = [(a, b, w) for a, b, w in around if a < end - EPSILON_MS and b > start + EPSILON_MS]
+        if any(w.service == point.service for _, _, w in beside):
+            continue
+        edges = [start, *(a for a, _, _ in beside if a > start)]
+        used = (sum(w.gpu_pct for a, b, w in beside if a <= t + EPSILON_MS < b) for t in edges)
+        if all(u + point.gpu_pct <= 100 + EPSILON_MS for u in used):
+            return start
+    return None
