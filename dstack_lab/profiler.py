@@ -117,7 +117,10 @@ def measure(
     marks = device.marks()
     path = None if folder is None else Path(folder) / "points.jsonl"
     rows: list[Point] = []
-    with _bar(progress, total * len(names)) as bar, _Bench(device, start, limit_ms, timeout_s, path, bar) as bench:
+    with (
+        _bar(progress, total * len(names)) as bar,
+        contextlib.closing(_Bench(device, start, limit_ms, timeout_s, path, bar)) as bench,
+    ):
         for name in names:
             if budget is None:
                 rows += [bench.point(name, batch, share) for share in shares for batch in batches]
@@ -130,24 +133,12 @@ class _Bench:
     """One worker at a time, kept while the same network is measured at the same share."""
 
     def __init__(self, device: Device, start: Point, limit_ms: float, timeout_s: float, path: Path | None, bar: Any) -> None:
-        self.device, self.start, self.limit_ms, self.timeout_s, self.path, self.bar = (
-            device,
-            start,
-            limit_ms,
-            timeout_s,
-            path,
-            bar,
-        )
+        self.device, self.start, self.limit_ms, self.timeout_s = device, start, limit_ms, timeout_s
+        self.path, self.bar = path, bar
         self.worker: Worker | None = None
         self.common = {"device": device.describe(), "mechanism": device.mechanism}
         self.common["versions"] = json.dumps(versions_here("torch", "torchvision"))
         self.known = {_key(p): p for p in _load(self.path)}
-
-    def __enter__(self) -> _Bench:
-        return self
-
-    def __exit__(self, *how: object) -> None:
-        self._end()
 
     def point(self, model: str, batch: int, share: float) -> Point:
         """Measure one point, on a second worker if the first fails; or return it if it was measured before."""
@@ -168,7 +159,7 @@ class _Bench:
             try:
                 return self._time(model, batch, share)
             except (WorkerDied, WorkerTimeout, WorkerFailed) as error:
-                self._end()
+                self.close()
                 if isinstance(error, WorkerFailed) and error.kind == "out_of_memory":
                     break
                 if last:
@@ -178,7 +169,7 @@ class _Bench:
 
     def _time(self, model: str, batch: int, share: float) -> Point:
         if self.worker is None or (self.worker.model, self.worker.gpu_pct) != (model, share):
-            self._end()
+            self.close()
             self.worker = self.device.start(model, share, **self.start)
             self.worker.wait_ready(self.timeout_s)
         worker = self.worker
@@ -196,7 +187,8 @@ class _Bench:
         cores = self.device.cores_for(share) if isinstance(self.device, Cpu) else None
         return _digest(used, stable, cores)
 
-    def _end(self) -> None:
+    def close(self) -> None:
+        """End the worker."""
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.kill()  # it holds nothing worth waiting for, and may be hung
