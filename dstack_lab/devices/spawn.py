@@ -79,7 +79,7 @@ def threads_of(pid: int) -> set[int]:
 
 
 def spread(pid: int, team: Sequence[int], cores: Sequence[int]) -> None:
-    """Put all threads of a process on `cores`, and those of `team` on one core each, in turn.
+    """Put all threads of a process on `cores`, and deal those out among `team`.
 
     The team computes in step. Left to the kernel, two of its threads stay on one core for seconds
     when a foreign thread runs on the other, and each waits for the other in every layer: three
@@ -95,7 +95,8 @@ def spread(pid: int, team: Sequence[int], cores: Sequence[int]) -> None:
     done: set[int] = set()
     while fresh := threads_of(pid) - done:  # again, for threads born meanwhile
         for thread in fresh:
-            place = [cores[team.index(thread) % len(cores)]] if thread in team else cores
+            i = team.index(thread) if thread in team else 0
+            place = (cores[i :: len(team)] or [cores[i % len(cores)]]) if thread in team else cores
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(thread, place)
         done |= fresh
