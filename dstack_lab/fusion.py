@@ -12,7 +12,7 @@ from collections import Counter
 
 from dstack_lab.operations import Operation, Value
 
-PRODUCTS = ("gemm", "depthwise")
+PRODUCTS = ("conv", "matmul", "depthwise")
 
 
 def merge_attention(operations: list[Operation], every: bool) -> list[Operation]:
@@ -28,8 +28,8 @@ def merge_attention(operations: list[Operation], every: bool) -> list[Operation]
         readers = _readers(operations)
         before: list[Operation] = []
         op = softmax
-        while op.kind != "gemm":  # back, through masks and scalings, to the scores
-            first = next((maker[v] for v in op.reads if v in maker and maker[v].kind in ("gemm", "pointwise", "copy")), None)
+        while op.kind != "matmul":  # back, through masks and scalings, to the scores
+            first = next((maker[v] for v in op.reads if v in maker and maker[v].kind in ("matmul", "pointwise", "copy")), None)
             if first is None or any(len(readers[v]) > 1 for v in first.writes):
                 break
             op = first
@@ -38,7 +38,7 @@ def merge_attention(operations: list[Operation], every: bool) -> list[Operation]
         while len(after) == 1 and after[0].kind in ("pointwise", "copy"):
             before.append(after[0])
             after = [r for v in after[0].writes for r in readers[v]]
-        if op.kind != "gemm" or len(after) != 1 or after[0].kind != "gemm":
+        if op.kind != "matmul" or len(after) != 1 or after[0].kind != "matmul":
             continue
         scores, mixed = op, after[0]
         merged = _union([*reversed(before), softmax, mixed])

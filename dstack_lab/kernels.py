@@ -27,6 +27,9 @@ LINEAR = ("flops", "read_bytes", "written_bytes", "rows", "cols", "depth", "grou
 #: Results of one thread block [rows x cols] of a matrix product, and blocks an SM holds: the
 #: 128 x 64 tile that cuDNN and cuBLAS use most for single precision.
 TILE_ROWS, TILE_COLS, TILE_RESIDENT = 128, 64, 4
+#: Matrix products (cuBLAS), unlike convolutions (cuDNN), are also cut along their depth; a piece has
+#: at least this many multiply-adds per result.
+SPLIT_DEPTH = 128
 #: Results of one block of 128 threads, four each, of an element-wise kernel.
 POINTWISE_RESULTS, POINTWISE_RESIDENT = 512, 16
 #: Results of one block of 256 threads of a depthwise convolution.
@@ -201,10 +204,12 @@ def _numbers(operations: list[Operation]) -> pd.DataFrame:
 def _blocks(table: pd.DataFrame, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Thread blocks of each kernel and how many of its blocks an SM holds."""
     kind = table["kind"].to_numpy()
-    rows, cols, groups = (table[c].to_numpy() for c in ("rows", "cols", "groups"))
+    rows, cols, depth, groups = (table[c].to_numpy() for c in ("rows", "cols", "depth", "groups"))
+    tiles = groups * np.ceil(rows / TILE_ROWS) * np.ceil(cols / TILE_COLS)
     results = rows * cols * groups
     choices = {
-        "gemm": (groups * np.ceil(rows / TILE_ROWS) * np.ceil(cols / TILE_COLS), TILE_RESIDENT),
+        "conv": (tiles, TILE_RESIDENT),
+        "matmul": (tiles * np.maximum(np.floor(depth / SPLIT_DEPTH), 1), TILE_RESIDENT),
         "attention": (groups * np.ceil(rows / ATTENTION_ROWS), ATTENTION_RESIDENT),
         "depthwise": (np.ceil(results / DEPTHWISE_RESULTS), DEPTHWISE_RESIDENT),
         "rows": (rows, POINTWISE_RESIDENT),

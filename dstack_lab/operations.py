@@ -215,7 +215,7 @@ def _bytes(tensor: Tensor) -> float:
 
 def _shape_product(op: Operation, name: str, args: Any, out: Tensor) -> None:
     """Fill in the matrices that a product or convolution multiplies."""
-    op.kind = "gemm"
+    op.kind = "matmul"
     size = float(out.numel())
     if "attention" in name:
         query, key = args[0], args[1]
@@ -225,6 +225,7 @@ def _shape_product(op: Operation, name: str, args: Any, out: Tensor) -> None:
     if name in ("convolution", "_convolution", "cudnn_convolution"):
         weight, stride, dilation = args[1], args[3], args[5]
         transposed, op.groups = bool(args[6]), float(args[8])
+        op.kind = "conv"
         op.cols = float(weight.shape[1] if transposed else weight.shape[0] / op.groups)
         square = tuple(weight.shape[2:]) == (3, 3) and set(stride) == {1} and set(dilation) == {1}
         op.winograd = square and op.groups == 1 and not transposed

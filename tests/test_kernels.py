@@ -88,7 +88,7 @@ def test_fusion_can_be_switched_off():
     layer = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
     table = of_module(layer, meta(1, 8, 32, 32), fused=False).at(1)
     assert list(table["operator"]) == ["convolution", "native_batch_norm", "relu"]
-    assert list(table["kind"]) == ["gemm", "norm", "pointwise"]
+    assert list(table["kind"]) == ["conv", "norm", "pointwise"]
 
 
 def test_an_addition_is_fused_with_the_last_convolution_and_still_reads_the_other_input():
