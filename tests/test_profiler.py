@@ -1,0 +1,307 @@
+"""Measuring: the stability rule and the bookkeeping on a scripted device, the rest on real workers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dstack_lab.devices import Cpu, WorkerDied, WorkerFailed, WorkerTimeout
+from dstack_lab.profiler import measure
+
+
+class ScriptedDevice:
+    """A device without processes: service time is given by a function, trouble by a list.
+
+    `service_ms(batch, share, n)` is the time of all samples of the n-th window of a point;
+    `trouble` is consumed one entry per ``time`` request: None, or the error to raise.
+    """
+
+    name = "scripted"
+    mechanism = "script"
+
+    def __init__(self, service_ms=lambda batch, share, n: 100 * batch / share, trouble=(), marks=()):
+        self.service_ms, self.trouble, self._marks = service_ms, list(trouble), marks
+        self.asked, self.started, self.open = [], [], 0
+
+    def shares(self):
+        return (25.0, 50.0, 100.0)
+
+    def describe(self):
+        return "a script"
+
+    def marks(self):
+        return self._marks
+
+    def start(self, model, gpu_pct, cores=None, **options):
+        assert self.open == 0, "one worker at a time"
+        self.started.append((model, gpu_pct))
+        self.open += 1
+        return ScriptedWorker(self, model, gpu_pct)
+
+
+class ScriptedWorker:
+    def __init__(self, device, model, gpu_pct):
+        self.device, self.model, self.gpu_pct, self.windows = device, model, gpu_pct, 0
+
+    def wait_ready(self, timeout_s):
+        return {"reply": "ready"}
+
+    def ask(self, message, timeout_s):
+        if message["op"] == "warm":
+            self.windows = 0
+            return {"reply": "warm"}
+        self.device.asked.append((self.model, message["batch"], self.gpu_pct))
+        error = self.device.trouble.pop(0) if self.device.trouble else None
+        if error:
+            raise error
+        ms = self.device.service_ms(message["batch"], self.gpu_pct, self.windows)
+        self.windows += 1
+        repeats = max(message["repeats"], int(message["min_ms"] / ms))
+        return {"samples_ms": [ms] * repeats, "wall_ms": ms * repeats, "cpu_ms": 0.8 * ms * repeats}
+
+    def kill(self):
+        self.device.open -= 1
+
+
+def points(device):
+    return list(dict.fromkeys(device.asked))
+
+
+def run(device, **options):
+    return measure("alexnet", device=device, **{"batches": (1, 2), "progress": False, "seconds_per_point": 1, **options})
+
+
+def test_every_point_of_the_grid_on_a_fresh_worker_per_share():
+    device = ScriptedDevice(marks=("odd: weather",))
+    profile = measure(["alexnet", "vgg19"], device=device, batches=(1, 4), progress=False)
+    shares = (25, 50, 100)
+    assert device.started == [(m, s) for m in ("alexnet", "vgg19") for s in shares]
+    assert device.open == 0
+    rows = profile.table
+    assert list(rows.columns) == (
+        ["model", "batch", "gpu_pct", "service_ms", "p99_ms", "spread", "repeats", "effective_cores", "mark"]
+    )
+    assert [(r.model, r.batch, r.gpu_pct) for r in rows.itertuples()] == (
+        [(m, b, s) for m in ("alexnet", "vgg19") for b in (1, 4) for s in shares]
+    )
+    assert np.allclose(rows["service_ms"], 100 * rows["batch"] / rows["gpu_pct"])
+    assert np.allclose(rows["p99_ms"], rows["service_ms"])
+    assert (rows["spread"] == 0).all()
+    assert np.allclose(rows["effective_cores"], 0.8)
+    assert (rows["mark"] == "").all()
+    origin = profile.provenance
+    assert (origin.kind, origin.device, origin.mechanism, origin.marks) == ("measured", "a script", "script", ("odd: weather",))
+    assert "torch" in origin.versions
+
+
+def test_only_windows_after_it_settled_count():
+    drift = [4.0, 2.0, 1.5, 1.49, 1.49]
+    rows = run(ScriptedDevice(lambda b, s, n: drift[min(n, 4)]), batches=(1,), shares=(50,)).table
+    assert rows["service_ms"].item() == pytest.approx(1.495, abs=0.006)  # of 1.5 and 1.49, within 2 %
+    assert rows["mark"].item() == ""
+
+
+def test_what_never_settles_is_marked():
+    profile = run(ScriptedDevice(lambda b, s, n: 1.0 + n % 2), batches=(1,), shares=(25, 50))
+    assert list(profile.table["mark"]) == ["unstable", "unstable"]
+    assert "unstable: 2 of 2 points" in profile.provenance.marks
+
+
+def test_half_a_core_for_a_worker_that_was_given_one_is_marked(monkeypatch):
+    script, cpu = ScriptedDevice(), Cpu(Cpu().slots()[:1])
+    monkeypatch.setattr(Cpu, "start", lambda self, *where, **how: script.start(*where, **how))
+    profile = run(cpu)
+    assert list(profile.table["mark"]) == ["starved", "starved"]  # the script uses 0.8 cores
+    assert "starved: 2 of 2 points" in profile.provenance.marks
+
+
+def test_a_slow_batch_is_still_timed_twice():
+    table = run(ScriptedDevice(lambda b, s, n: 10_000.0), batches=(1,), shares=(100,), seconds_per_point=0.01).table
+    assert table["repeats"].item() >= 2
+
+
+def test_a_worker_that_dies_once_is_replaced():
+    device = ScriptedDevice(trouble=[None, WorkerDied("gone"), None])
+    profile = run(device, shares=(50,))
+    assert device.started == [("alexnet", 50)] * 2
+    assert len(profile.table) == 2
+    assert device.open == 0
+
+
+@pytest.mark.parametrize("error", [WorkerDied("gone"), WorkerTimeout("silent"), WorkerFailed("no", "failed")])
+def test_a_point_that_fails_twice_is_named(error):
+    device = ScriptedDevice(trouble=[None, None, error, error])
+    with pytest.raises(RuntimeError, match=r"measuring alexnet at 50 %, batch 2 failed on two workers: "):
+        run(device, shares=(50,))
+    assert device.open == 0
+
+
+def test_a_batch_too_large_for_memory_has_no_row_but_a_mark(tmp_path):
+    full = WorkerFailed("full", "out_of_memory")
+    device = ScriptedDevice(trouble=[None, None, full])
+    profile = run(device, shares=(50,), folder=tmp_path)
+    assert list(profile.table["batch"]) == [1]
+    assert profile.provenance.marks == ("out of memory: alexnet at 50 %, batch 2",)
+    again = ScriptedDevice()
+    assert len(run(again, shares=(50,), folder=tmp_path).table) == 2  # with more memory it may fit
+    assert points(again) == [("alexnet", 2, 50)]
+    with pytest.raises(RuntimeError, match="no point could be measured: out of memory"):
+        run(ScriptedDevice(trouble=[full]), shares=(50,), batches=(1,))
+
+
+# Resuming
+
+
+def test_finished_points_are_not_measured_again(tmp_path):
+    died = WorkerDied("gone")
+    first = ScriptedDevice(trouble=[None] * 4 + [died, died])
+    with pytest.raises(RuntimeError):
+        run(first, folder=tmp_path, batches=(1, 2, 4), shares=(50,))
+    second = ScriptedDevice(lambda b, s, n: 7.0)
+    profile = run(second, folder=tmp_path, batches=(1, 2, 4), shares=(50,))
+    assert points(second) == [("alexnet", 4, 50)]
+    assert list(profile.table["service_ms"]) == [2, 4, 7]
+    third = ScriptedDevice()
+    assert run(third, folder=tmp_path, batches=(1, 2, 4), shares=(50,)).table.equals(profile.table)
+    assert (third.asked, third.started) == ([], [])
+
+
+def test_another_device_is_another_measurement(tmp_path):
+    run(ScriptedDevice(), folder=tmp_path)
+    other = ScriptedDevice()
+    other.describe = lambda: "another script"
+    run(other, folder=tmp_path)
+    assert len(points(other)) == 6
+
+
+def test_a_line_cut_short_is_measured_again(tmp_path):
+    run(ScriptedDevice(), folder=tmp_path, shares=(50,))
+    path = tmp_path / "points.jsonl"
+    path.write_text(path.read_text()[:-20])
+    device = ScriptedDevice()
+    run(device, folder=tmp_path, shares=(50,))
+    assert points(device) == [("alexnet", 2, 50)]
+    assert [json.loads(line)["batch"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{broken", '{"model": "alexnet"}', "[]", ""])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "points.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"line 1 of points\.jsonl"):
+        run(ScriptedDevice(), folder=tmp_path)
+
+
+# Budget
+
+
+def test_a_budget_limits_the_points():
+    device = ScriptedDevice(lambda b, s, n: (5 + b) / min(s, 60))
+    profile = run(device, batches=(1, 2, 4, 8, 16), budget=6)
+    assert len(points(device)) == 6 == len(profile.table)
+    assert set(points(device)) <= {("alexnet", b, s) for b in (1, 2, 4, 8, 16) for s in (25, 50, 100)}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"models": "resnet5000"}, "network = 'resnet5000'"),
+        ({"models": []}, "models = "),
+        ({"models": [3]}, "network = 3"),
+        ({"batches": (1, 0)}, "batch = 0"),
+        ({"batches": ()}, "batches = "),
+        ({"shares": (40,)}, "share = 40: .*25, 50, 100"),
+        ({"shares": ()}, "shares = "),
+        ({"seconds_per_point": 0}, "seconds_per_point = 0"),
+        ({"timeout_s": -1}, "timeout_s = -1"),
+        ({"budget": 1}, "budget = 1"),
+        ({"seed": -1}, "seed = -1"),
+    ],
+)
+def test_bad_input_starts_nothing(options, words):
+    device = ScriptedDevice()
+    with pytest.raises(ValueError, match=words):
+        measure(**{"models": "alexnet", "device": device, "progress": False, **options})
+    assert device.started == []
+
+
+# Real workers
+
+NETWORK = """
+import os, pathlib, time, torch
+class Net(torch.nn.Module):
+    def forward(self, x):
+        marker = pathlib.Path(__file__).with_name("die")
+        if marker.exists():
+            marker.unlink()
+            os._exit(9)
+        time.sleep(0.001 * len(x))
+        return x
+def net(): return Net(), torch.zeros(8, 4)
+"""
+
+
+@pytest.fixture
+def network(tmp_path):
+    (tmp_path / "net.py").write_text(NETWORK)
+    return f"{tmp_path}/net.py:net"
+
+
+@pytest.mark.slow
+def test_real_workers_are_timed_and_replaced_when_they_die(network, tmp_path):
+    (tmp_path / "die").touch()  # the first worker dies at its first batch; the second serves
+    device = Cpu(Cpu().slots()[:1])
+    table = measure(network, device=device, batches=(1, 8), seconds_per_point=0.4, progress=False).table
+    one, eight = table["service_ms"]
+    assert one >= 1  # the network sleeps 1 ms per input: no machine is faster
+    assert eight >= 8
+    assert table["mark"].str.contains("starved").all()  # sleeping is not computing
+    assert (table["model"] == network).all()
+
+
+INTERRUPTED = """
+import sys
+from dstack_lab.devices import Cpu
+from dstack_lab.profiler import measure
+measure(sys.argv[1], device=Cpu(Cpu().slots()[:1]), batches=(1, 2), seconds_per_point=120, progress=False, folder=sys.argv[2])
+"""
+
+
+def children(pid):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_interrupting_leaves_no_process(tmp_path):
+    # The samples never agree, so measuring goes on until it is interrupted.
+    text = NETWORK.replace("0.001 * len(x)", "0.01 * (1 + time.monotonic() % 7)")
+    (tmp_path / "net.py").write_text(text)
+    command = [sys.executable, "-c", INTERRUPTED, f"{tmp_path}/net.py:net", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]) as parent:
+        end = time.monotonic() + 60
+        while not (workers := children(parent.pid)) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(3)  # torch is being imported, or batches run: either way
+        parent.send_signal(signal.SIGINT)
+        words = parent.stderr.read().decode()
+        assert parent.wait(20) != 0
+    assert "KeyboardInterrupt" in words
+    assert len(workers) == 1
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    for line in (tmp_path / "points.jsonl").read_text().splitlines() if (tmp_path / "points.jsonl").exists() else []:
+        json.loads(line)
