@@ -324,9 +324,14 @@ def test_a_killed_parent_leaves_no_worker(networks, thread):
 @pytest.mark.slow
 def test_a_worker_outlives_the_thread_that_started_it(networks):
     kept = []
-    thread = threading.Thread(target=lambda: kept.append(WorkerProcess(f"{networks}:trouble", 100)))
+
+    def start():
+        kept.append(WorkerProcess(f"{networks}:trouble", 100))
+        kept[0].wait_ready(60)
+
+    thread = threading.Thread(target=start)
     thread.start()
     thread.join()
+    time.sleep(0.2)  # the kernel's signal, were it asked for, would come now
     with kept[0] as worker:
-        worker.wait_ready(60)
         assert run(worker, 0)["outputs"] == [[0, 0.0]]
