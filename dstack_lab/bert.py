@@ -8,21 +8,26 @@ from torch.nn import functional as F
 
 
 class Bert(nn.Module):
-    """BERT-base without a task head: embeddings, 12 layers, pooler; 109,482,240 parameters.
+    """BERT without a task head: embeddings, layers, pooler; BERT-base by default, 109,482,240 parameters.
 
-    Sizes after Devlin et al. (NAACL 2019): hidden 768, 12 heads, feed-forward 3072, vocabulary
-    30522, 512 positions, 2 token types. Takes token ids ``(batch, tokens)`` int64, gives the last
-    hidden state ``(batch, tokens, 768)`` and the pooled one ``(batch, 768)``.
+    Takes token ids ``(batch, tokens)`` int64, gives the last hidden state ``(batch, tokens, width)``
+    and the pooled one ``(batch, width)``.
+
+    Parameters
+    ----------
+    layers, width, heads : int
+        BERT-base: 12, 768, 12; BERT-large: 24, 1024, 16. The feed-forward part is 4 times as wide.
+        Vocabulary 30522, 512 positions, 2 token types. Sizes after Devlin et al. (NAACL 2019).
     """
 
     VOCABULARY = 30522
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 12, width: int = 768, heads: int = 12) -> None:
         super().__init__()
-        self.token, self.position, self.kind = (nn.Embedding(n, 768) for n in (self.VOCABULARY, 512, 2))
-        self.norm = nn.LayerNorm(768, eps=1e-12)
-        self.layers = nn.Sequential(*(Layer(768, 12, 3072) for _ in range(12)))
-        self.pooler = nn.Linear(768, 768)
+        self.token, self.position, self.kind = (nn.Embedding(n, width) for n in (self.VOCABULARY, 512, 2))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.layers = nn.Sequential(*(Layer(width, heads, 4 * width) for _ in range(layers)))
+        self.pooler = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode sentences whose tokens are all of the first type and none is padding."""
