@@ -1,0 +1,29 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Examples are timed by hypothesis, and a busy machine is slow without being wrong.
+settings.register_profile("dstack_lab", deadline=None)
+settings.load_profile("dstack_lab")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Spare nbval the pretty-printing of each message (5 MB for a FigureWidget) into a debug log that nobody reads."""
+    if config.pluginmanager.has_plugin("nbval.plugin"):
+        import nbval.kernel
+
+        nbval.kernel.pformat = lambda *args, **kwargs: ""
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of published measurements to compare with; it is not part of the repository."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("published measurements are not at hand (../shared/data)")
+    return folder
