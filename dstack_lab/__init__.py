@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 #: Public name -> module that holds it.
 _HOMES = {
     "arrivals": ("Deterministic", "Gamma", "Poisson", "Replay", "Steps"),
+    "variability": ("Exponential", "Lognormal"),
     "profiles": ("Profile", "load_profile"),
     "provenance": ("Provenance",),
     "traces": ("Trace", "load_trace"),

@@ -8,9 +8,10 @@ the same stream for every policy that is compared.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from dstack_lab.checks import positive, require
 
-Times = NDArray[np.float64]
+Times = NDArray[np.floating[Any]]
 
 
 @runtime_checkable
@@ -138,7 +139,7 @@ class Steps:
         edge = np.append(start, duration_ms)
         expected = np.concatenate(([0.0], np.cumsum(rate * np.diff(edge)) / 1000))
         unit = _renewal(expected[-1], 1.0, lambda n: rng.standard_exponential(n)) if expected[-1] > 0 else np.empty(0)
-        return np.interp(unit, expected, edge)
+        return np.asarray(np.interp(unit, expected, edge))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,11 +182,11 @@ class Replay:
     def sample(self, duration_ms: float, rng: np.random.Generator) -> Times:
         """Return the recorded times below `duration_ms` [ms]; `rng` is not used."""
         positive("duration_ms", duration_ms)
-        return self.times_ms[self.times_ms < duration_ms]
+        return np.asarray(self.times_ms[self.times_ms < duration_ms])
 
 
-def _renewal(duration: float, mean_gap: float, gaps) -> Times:  # type: ignore[no-untyped-def]
-    """Sum gaps of unit mean until `duration` is passed; draws in blocks so the stream is a prefix of a longer one."""
+def _renewal(duration: float, mean_gap: float, gaps: Callable[[int], Times]) -> Times:
+    """Sum gaps of unit mean until `duration` is passed, drawn in blocks: a longer run begins like a shorter one."""
     positive("duration_ms", duration)
     block = 1024
     parts: list[Times] = []

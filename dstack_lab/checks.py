@@ -44,4 +44,4 @@ def count(field: str, value: object, least: int = 1) -> int:
     """Return `value` as an integer of at least `least`."""
     ok = isinstance(value, Integral) and not isinstance(value, bool)
     require(ok and value >= least, field, value, f"an integer, {least} or more")  # type: ignore[operator]
-    return int(value)  # type: ignore[call-overload]
+    return int(value)  # type: ignore[call-overload, no-any-return]

@@ -21,8 +21,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp makes private files; results are meant to be read
-        os.replace(name, target)
+        Path(name).chmod(0o644)  # mkstemp makes private files; results are meant to be read
+        Path(name).replace(target)
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ times and the position of its head, and a launch takes the oldest requests, so a
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,19 @@ class Ledger:
         How long the oldest request of each service may wait before its batch counts as ready [ms].
     oversubscribe : bool
         Whether launches may hold more than 100 GPU% together.
+    factors : iterator of float, optional
+        Actual over predicted service time of each launch, without end.
     """
 
     def __init__(
-        self, plan: Plan, arrivals_ms: list[NDArray[np.float64]], wait_ms: Iterable[float], oversubscribe: bool = False
+        self,
+        plan: Plan,
+        arrivals_ms: list[NDArray[np.float64]],
+        wait_ms: Iterable[float],
+        oversubscribe: bool = False,
+        factors: Iterator[float] | None = None,
     ) -> None:
+        self.factors = factors
         self.plan = plan
         self.arrivals_ns = [np.rint(times * NS_PER_MS).astype(np.int64) for times in arrivals_ms]
         views = []
@@ -64,6 +72,8 @@ class Ledger:
         self.waiting_total = sum(times.size for times in self.arrivals_ns)  # not yet launched or dropped, arrived or not
         self._log = array("d")  # service, head, batch, start, end, share, note: one row of `FIELDS` a launch
         self._launched = 0
+        self._failed: set[int] = set()  # launches whose requests went back to the queue
+        self._hidden: dict[str, tuple[array[int], int]] = {}
         self._dropped: list[tuple[int, int, int]] = []  # service, head, count
         self._notes: dict[str, int] = {"": 0}
         self.events: list[tuple[float, str, str, str]] = []
@@ -82,7 +92,7 @@ class Ledger:
         return -1 if view.ready or at == NEVER_NS else at
 
     def launch(self, decision: Launch) -> tuple[int, int]:
-        """Start a batch now; return its number and its predicted end [ns].
+        """Start a batch now; return its number and its end [ns], which policies do not see if it is not as predicted.
 
         Raises
         ------
@@ -101,14 +111,17 @@ class Ledger:
             raise ValueError(f"batch must be at most the {view.waiting} requests that wait")
         if (share > state.free_pct + SHARE_SLACK and not self.oversubscribe) or not 1 <= share <= 100:
             raise ValueError(f"gpu_pct must be from 1 to the {max(state.free_pct, 0):g} % that are free")
-        end = now + (view._service_ns.get((batch, share)) or view.remember_ns(batch, share))
+        cost = view._service_ns.get((batch, share)) or view.remember_ns(batch, share)
+        predicted = end = now + cost
+        if self.factors is not None:
+            end = now + max(1, round(cost * next(self.factors)))
         code = self._notes.get(note)
         if code is None:
             code = self._notes[note] = len(self._notes)
         number = self._launched
         self._launched = number + 1
         self._log.extend((view.index, head, batch, now, end, share, code))
-        state._running[number] = (view, share, batch, now, end)
+        state._running[number] = (view, share, batch, now, predicted)
         state.free_pct -= share
         view._head = head + batch
         view.in_flight += 1
@@ -143,12 +156,52 @@ class Ledger:
             self._log[number * FIELDS + END] = end_ns
         return view
 
+    def requeue(self, number: int) -> tuple[int, int]:
+        """Undo a launch that failed: its requests wait again. Return their range in the queue, first and end.
+
+        Requests that a later launch has overtaken cannot wait again: they are dropped.
+        """
+        view = self.finish(number)
+        row = number * FIELDS
+        first, batch = int(self._log[row + 1]), int(self._log[row + 2])
+        self._failed.add(number)
+        if view._head == first + batch:
+            view._head = first
+            self.waiting_total += batch
+        else:
+            self._dropped.append((view.index, first, batch))
+        return first, first + batch
+
+    def first_of(self, number: int) -> int:
+        """Position of a launch's first request in its service's queue."""
+        return int(self._log[number * FIELDS + 1])
+
+    def abandon(self, view: ServiceView) -> None:
+        """Drop all requests of a hidden service, those to come too."""
+        _, head = self._hidden[view.name]
+        rest = self.arrivals_ns[view.index].size - head
+        self._dropped.append((view.index, head, rest))
+        self.waiting_total -= rest
+
+    def hide(self, view: ServiceView) -> None:
+        """Show policies an empty queue: nobody can serve it just now."""
+        if view.name not in self._hidden:
+            self._hidden[view.name] = (view._arrivals, view._head)
+            view._arrivals, view._head = array("q", [NEVER_NS] * (view.batch_max + 1)), 0
+            self.refresh(view)
+
+    def show(self, view: ServiceView) -> None:
+        """Undo `hide`."""
+        if view.name in self._hidden:
+            view._arrivals, view._head = self._hidden.pop(view.name)
+            self.refresh(view)
+
     def to_trace(self, duration_ms: float, policy: str, seed: int, provenance: Provenance) -> Trace:
         """Write the books as a `Trace`; launches still running count as not served."""
         plan = self.plan
         log = np.frombuffer(self._log, dtype=float).reshape(-1, FIELDS) if self._log else np.empty((0, FIELDS))
         number = np.arange(len(log))
-        ended = np.isin(number, list(self.state._running), invert=True)
+        ended = np.isin(number, [*self.state._running, *self._failed], invert=True)
         log, number = log[ended], number[ended]
         which, batch = log[:, 0].astype(np.int64), log[:, 2].astype(np.int64)
         names = [s.name for s in plan.services]

@@ -143,7 +143,8 @@ def _require_grid(model: str, rows: pd.DataFrame) -> None:
     if grid.isna().to_numpy().any():
         i, j = np.argwhere(grid.isna().to_numpy())[0]
         raise ValueError(
-            f"profile of {model}: no row for batch {grid.index[i]} at GPU% {grid.columns[j]:g}: every batch needs every share; {cure}"
+            f"profile of {model}: no row for batch {grid.index[i]} at GPU% {grid.columns[j]:g}: "
+            f"every batch needs every share; {cure}"
         )
     ms = grid.to_numpy()
     for axis, sign, what in ((1, 1, "slower with more GPU%"), (0, -1, "faster with a larger batch")):

@@ -86,20 +86,17 @@ class Trace:
 
     def to_chrome(self, path: str | os.PathLike[str]) -> Path:
         """Write the launches as a Chrome trace, for Perfetto or chrome://tracing; times there are in µs."""
-        rows = self.launches.sort_values("start_ms")
-        events = [
-            {
-                "name": f"{row.service} b{row.batch}",
-                "cat": row.note or "launch",
+        events = []
+        for launch, name, start, end, share, batch, _, note in self.launches[list(LAUNCHES)].sort_values("start_ms").to_numpy():
+            args = {"gpu_pct": float(share), "batch": int(batch), "launch": int(launch)}
+            event = {
+                "name": f"{name} b{batch}",
+                "cat": note or "launch",
                 "ph": "X",
-                "ts": row.start_ms * 1000,
-                "dur": (row.end_ms - row.start_ms) * 1000,
-                "pid": self.policy,
-                "tid": row.service,
-                "args": {"gpu_pct": row.gpu_pct, "batch": row.batch, "launch": row.launch},
+                "ts": start * 1000,
+                "dur": (end - start) * 1000,
             }
-            for row in rows.itertuples(index=False)
-        ]
+            events.append({**event, "pid": self.policy, "tid": name, "args": args})
         record = {"traceEvents": events, "otherData": {"provenance": str(self.provenance), "seed": self.seed}}
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(record), encoding="utf-8")

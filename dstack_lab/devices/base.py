@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from dstack_lab.protocol import Message
 
@@ -91,6 +91,16 @@ class Worker(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
+class Leases(Protocol):
+    """Keeps launches that run at the same time apart."""
+
+    def take(self, worker: Any) -> None:
+        """Give `worker` what its share stands for, for itself alone."""
+
+    def give(self, worker: Any) -> None:
+        """Take it back."""
+
+
 @runtime_checkable
 class Device(Protocol):
     """Where shares are real. Constructing one touches nothing."""
@@ -108,6 +118,9 @@ class Device(Protocol):
 
     def describe(self) -> str:
         """Name of the hardware, for `Provenance`."""
+
+    def leases(self) -> Leases:
+        """Who computes where, for one run."""
 
     def marks(self) -> tuple[str, ...]:
         """Reservations about numbers recorded here and now, each as ``"kind: sentence"``."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from dstack_lab.checks import count, percent, require
 from dstack_lab.devices import host
+from dstack_lab.devices.leases import CoreLeases
 from dstack_lab.devices.process import WorkerProcess
 
 #: Above these the machine counts as oversubscribed.
@@ -143,6 +144,10 @@ class Cpu:
         return WorkerProcess(
             model, gpu_pct, threads=k, cores=cores, batches=batches, weights=weights, seed=seed, memory_mib=memory_mib
         )
+
+    def leases(self) -> CoreLeases:
+        """Who computes on which cores, for one run."""
+        return CoreLeases(self.slots())
 
     def describe(self) -> str:
         """Name of the processor and number of cores: ``"AMD EPYC, 2 cores"``."""

@@ -1,0 +1,48 @@
+"""Who may compute where: hands disjoint cores to the workers that are running a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dstack_lab.devices.process import WorkerProcess
+
+
+class CoreLeases:
+    """Disjoint core sets for the launches of one run.
+
+    A worker keeps the cores it had last if they are free: moving threads costs time and warm caches.
+
+    Parameters
+    ----------
+    slots : sequence of int
+        Cores to hand out.
+    """
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self._free = set(slots)
+        self._order = {core: i for i, core in enumerate(slots)}
+        self._held: dict[int, tuple[int, ...]] = {}  # by process
+
+    def take(self, worker: WorkerProcess) -> None:
+        """Give `worker` as many cores as it has threads, for itself alone.
+
+        Raises
+        ------
+        RuntimeError
+            If it holds some already, or too few are free.
+        """
+        if worker.pid in self._held:
+            raise RuntimeError(f"{worker!r} holds cores already")
+        last = set(worker.cores or ())
+        order = sorted(self._free, key=lambda core: (core not in last, self._order[core]))
+        cores = tuple(sorted(order[: worker.threads]))
+        if len(cores) < worker.threads:
+            raise RuntimeError(f"{worker!r} needs {worker.threads} cores, {len(self._free)} are free")
+        if set(cores) != last:
+            worker.pin(cores)
+        self._free -= set(cores)
+        self._held[worker.pid] = cores
+
+    def give(self, worker: WorkerProcess) -> None:
+        """Take the cores back; a worker without any is fine."""
+        self._free |= set(self._held.pop(worker.pid, ()))

@@ -1,0 +1,115 @@
+"""A policy's turns: ask it what to do, check and book its decisions, and remember when to ask again.
+
+Shared by the simulator's virtual clock and the runner's wall clock, so that both give a policy the
+same turns. Order of events at one instant, which makes every simulated run repeatable: (1) batches
+end, in the order they were launched; (2) batches become ready, by service; (3) wake-ups;
+(4) arrivals, for policies that ask for them. Then the policy decides once. A wake-up that it asks for
+at that same instant gives it one more turn, `TURNS` times at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappush
+
+from dstack_lab.ledger import Ledger
+from dstack_lab.policies.base import Policy
+from dstack_lab.state import NEVER_NS, NS_PER_MS, Drop, Launch, ServiceView, Wake
+
+END, READY, WAKE, ARRIVAL = range(4)
+#: Turns of a policy at one instant before it is stopped as endless.
+TURNS = 1000
+
+
+class RuleBroken(Exception):
+    """A policy broke a rule or raised: the message says which, when and how. Becomes a `PolicyError` with the trace."""
+
+
+class Turns:
+    """Events ahead and the turns they cause.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    policy : Policy
+        Already reset.
+    on_launch : callable of (launch number, predicted end [ns], Launch)
+        Called for each launch that was booked.
+    """
+
+    def __init__(self, ledger: Ledger, policy: Policy, on_launch: Callable[[int, int, Launch], None]) -> None:
+        self.ledger = ledger
+        self.state = ledger.state
+        self.policy = policy
+        self.on_launch = on_launch
+        self.heap: list[tuple[int, int, int]] = []  # (time [ns], kind, launch or service)
+        self.launched_ns = 0  # time of the last launch
+        self._last_ns, self._turns = -1, 0
+        for view in self.state.services:
+            self.expect(view)
+            if policy.every_arrival:
+                heappush(self.heap, (view._arrivals[0], ARRIVAL, view.index))
+        heappush(self.heap, (0, WAKE, 0))  # the policy's first turn
+
+    def expect(self, view: ServiceView) -> None:
+        """Queue the event of `view`'s next batch becoming ready."""
+        if (at := self.ledger.refresh(view)) >= 0:
+            heappush(self.heap, (at, READY, view.index))
+
+    def happen(self, now: int, kind: int, key: int) -> bool:
+        """Let an event other than END happen; return whether the policy has to be asked."""
+        if kind == READY:
+            view = self.state.services[key]
+            if view.ready or view._ready_ns > now:  # its queue has moved on since
+                return False
+            view.ready = True
+            return self.state.free_pct >= self.policy.needs_pct
+        if kind == ARRIVAL:
+            view = self.state.services[key]
+            following = view._arrivals[view._head + view.waiting]
+            if following != NEVER_NS:
+                heappush(self.heap, (following, ARRIVAL, key))
+        return True
+
+    def take(self) -> None:
+        """Ask the policy, and book what it decides.
+
+        Raises
+        ------
+        RuleBroken
+        """
+        state, policy = self.state, self.policy
+        now = state.now_ns
+        try:
+            decisions = policy.decide(state)
+        except Exception as error:
+            raise RuleBroken(f"{policy.name} raised at {state.now_ms:.6f} ms: {error!r}") from error
+        if not decisions:
+            return
+        if now != self._last_ns:
+            self._last_ns, self._turns = now, 0
+        elif (turns := self._turns) < TURNS:
+            self._turns = turns + 1
+        else:
+            raise RuleBroken(f"{policy.name} at {state.now_ms:.6f} ms: {decisions[0]}: more than {TURNS} turns at one instant")
+        for decision in decisions:
+            try:
+                if type(decision) is Launch:
+                    number, end = self.ledger.launch(decision)
+                    self.launched_ns = now
+                    self.on_launch(number, end, decision)
+                    view = state.by_name[decision[0]]
+                elif type(decision) is Wake:
+                    at = round(decision.at_ms * NS_PER_MS)
+                    if at < now:
+                        raise ValueError(f"at_ms must not be before now, {state.now_ms}")
+                    heappush(self.heap, (at, WAKE, 0))
+                    continue
+                elif type(decision) is Drop:
+                    view = self.ledger.drop(decision)
+                else:
+                    raise ValueError("a decision must be a Launch, Drop or Wake")
+            except (ValueError, TypeError, OverflowError) as error:
+                raise RuleBroken(f"{policy.name} at {state.now_ms:.6f} ms: {decision}: {error}") from error
+            if (at := self.ledger.refresh(view)) >= 0:
+                heappush(self.heap, (at, READY, view.index))
