@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dstack_lab.checks import positive
+from dstack_lab.checks import positive, require
 from dstack_lab.gpu_specs import ITEM_BYTES, GpuSpec
 
 #: Tiles a library can cut a product into: rows, columns, warps of a block, blocks an SM holds, and
@@ -27,13 +27,16 @@ TILES = (
 #: Pieces a matrix product's depth can be cut into, and the least depth of a piece. Orion's V100
 #: kernels show cuBLAS doing so, cuDNN's convolutions not.
 SPLITS, SPLIT_DEPTH = (1, 2, 4, 8), 128
-#: Warps at which an SM reaches half its rate: one block of 4 warps gets to 60 %, 16 warps to 87 %.
-HALF_RATE_WARPS = 2.4
+#: Warps at which an SM reaches half its rate: one block of 4 warps gets to 59 %, 16 warps to 85 %.
+HALF_RATE_WARPS = 2.8
 #: What the second-level cache delivers to one SM [bytes/clock]; measured 20 (V100) to 47 (A100).
 L2_BYTES_PER_CLOCK = 32
 #: A 3 x 3 convolution by Winograd's method pays off from this depth on.
 WINOGRAD_DEPTH = 288
-#: Rows of one block of attention, its warps, and blocks an SM holds.
+#: What float32 tensors are multiplied in. "torch" is PyTorch's default: convolutions in TF32 where
+#: the GPU has it, matrix products in FP32.
+PRECISIONS = ("fp32", "tf32", "fp16", "torch")
+#: Warps of one block of attention, and blocks an SM holds.
 ATTENTION_WARPS, ATTENTION_RESIDENT = 4, 2
 
 
@@ -59,13 +62,13 @@ class Calibration:
         Time the host needs to launch a kernel; CUDA graphs do without it.
     """
 
-    fp32_efficiency: float = 0.88
+    fp32_efficiency: float = 0.9
     tensor_efficiency: float = 0.65
     winograd_gain: float = 1.9
-    depthwise_efficiency: float = 0.04
+    depthwise_efficiency: float = 0.05
     attention_efficiency: float = 0.5
-    bandwidth_efficiency: float = 0.75
-    saturating_share: float = 0.5
+    bandwidth_efficiency: float = 0.7
+    saturating_share: float = 0.3
     kernel_us: float = 6.0
     launch_us: float = 5.0
 
@@ -84,6 +87,21 @@ CALIBRATIONS = {
     "H100": Calibration(kernel_us=3.0),
     "H200": Calibration(kernel_us=3.0),
 }
+
+
+def precision_of(kind: str, precision: str, gpu: GpuSpec) -> str:
+    """Return what kernels of this kind compute in on this GPU.
+
+    Raises
+    ------
+    ValueError
+        If the precision is unknown, or the GPU does not have it.
+    """
+    require(precision in PRECISIONS, "precision", precision, f"one of {PRECISIONS}")
+    if precision == "torch":
+        return "tf32" if kind == "conv" and not np.isnan(gpu.tf32_tflops) else "fp32"
+    gpu.tflops(precision)
+    return precision
 
 
 def work_seconds(
@@ -110,7 +128,7 @@ def work_seconds(
         Shape (n, m): thread blocks of the tile that is fastest there.
     """
     kind = table["kind"].to_numpy()
-    bytes_moved = (table["read_bytes"] + table["written_bytes"]).to_numpy() * ITEM_BYTES[precision] / item_bytes
+    bytes_moved = (table["read_bytes"] + table["written_bytes"]).to_numpy() * (2 if precision == "fp16" else 4) / item_bytes
     saturation = np.minimum(1.0, sms / (calibration.saturating_share * gpu.sms))
     bandwidth = gpu.bandwidth_gb_s * 1e9 * calibration.bandwidth_efficiency * saturation
     memory = bytes_moved[:, None] / bandwidth
@@ -122,13 +140,15 @@ def work_seconds(
     depthwise = kind == "depthwise"
     compute[depthwise] = (flops / units * waves / (fp32_sm * calibration.depthwise_efficiency))[depthwise]
     attention = kind == "attention"
-    rate = gpu.tflops(precision) * 1e12 / gpu.sms * calibration.attention_efficiency
+    rate = gpu.tflops(precision_of("attention", precision, gpu)) * 1e12 / gpu.sms * calibration.attention_efficiency
     crowd = waves + HALF_RATE_WARPS / ATTENTION_WARPS * np.maximum(1.0, waves / ATTENTION_RESIDENT)
     compute[attention] = (flops / units * crowd / rate)[attention]
-    product = (kind == "conv") | (kind == "matmul")
-    if product.any():
-        found = _product_seconds(table[product], gpu, sms, precision, calibration, memory[product], bandwidth)
-        compute[product], memory[product], units[product] = found
+    for name in ("conv", "matmul"):
+        here = kind == name
+        if here.any():
+            own = precision_of(name, precision, gpu)
+            found = _product_seconds(table[here], gpu, sms, own, calibration, memory[here], bandwidth)
+            compute[here], memory[here], units[here] = found
     return compute, memory, units
 
 

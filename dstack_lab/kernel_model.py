@@ -21,7 +21,7 @@ from dstack_lab import gpu_specs, zoo
 from dstack_lab.checks import count, percent, require
 from dstack_lab.files import data_folder
 from dstack_lab.gpu_specs import GpuSpec
-from dstack_lab.kernel_cost import CALIBRATIONS, Calibration, work_seconds
+from dstack_lab.kernel_cost import CALIBRATIONS, Calibration, precision_of, work_seconds
 from dstack_lab.kernels import Kernels, of_module
 from dstack_lab.profiles import Profile
 from dstack_lab.provenance import Provenance, today, versions_here
@@ -29,8 +29,8 @@ from dstack_lab.provenance import Provenance, today, versions_here
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)
 
-#: GPUs whose simulated profiles are recorded, and the precision that PyTorch's convolutions use there.
-RECORDED = {"v100": "fp32", "t4": "fp32", "a100": "tf32", "h100": "tf32", "h200": "tf32"}
+#: GPUs whose simulated profiles are recorded.
+RECORDED = ("v100", "t4", "a100", "h100", "h200")
 
 #: A share is a kernel's knee when it is the smallest within this of the time at 100 %.
 KNEE_TOLERANCE = 0.05
@@ -48,8 +48,9 @@ class KernelModel:
         Of the network. Measured ones (`from_trace`) keep their time at 100 % and scale by waves.
     gpu : GpuSpec
         Where it runs.
-    precision : {"fp32", "tf32", "fp16"}
-        Of products; FP16 also halves the bytes.
+    precision : {"torch", "fp32", "tf32", "fp16"}
+        Of products. "torch" is PyTorch's default for float32: convolutions in TF32 where the GPU has
+        it, matrix products in FP32. FP16 also halves the bytes.
     graphs : bool
         Whether kernels are launched as a CUDA graph. Without, the host launches one at a time, and a
         batch takes at least that long.
@@ -64,14 +65,14 @@ class KernelModel:
 
     kernels: Kernels
     gpu: GpuSpec
-    precision: str = "fp32"
+    precision: str = "torch"
     graphs: bool = True
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.kernels, Kernels), "kernels", type(self.kernels).__name__, "Kernels, of kernels.of_module")
         require(isinstance(self.gpu, GpuSpec), "gpu", type(self.gpu).__name__, "a GpuSpec, such as gpu_specs.V100")
-        self.gpu.tflops(self.precision)
+        precision_of("conv", self.precision, self.gpu)
         if self.calibration is None:
             known = [c for name, c in CALIBRATIONS.items() if name in self.gpu.name.upper()]
             object.__setattr__(self, "calibration", known[-1] if known else Calibration())
@@ -177,7 +178,7 @@ def simulated_profile(
     models: Iterable[str | zoo.Network] | None = None,
     batches: Sequence[int] = BATCHES,
     shares: Sequence[float] = SHARES,
-    precision: str = "fp32",
+    precision: str = "torch",
     graphs: bool = True,
 ) -> Profile:
     """Profile of networks on a GPU that need not be here.
@@ -215,12 +216,18 @@ def simulated_profile(
     require(bool(tables), "models", models, "1 or more networks")
     origin = Provenance(
         kind="simulated",
-        device=f"{gpu.name}-like, {gpu.sms} SMs, {precision.upper()}",
+        device=f"{gpu.name}-like, {gpu.sms} SMs, {_precision_text(precision, gpu)}",
         mechanism="model",
         versions=versions_here("dstack-lab", "numpy", "torch", "torchvision"),
         date=today(),
     )
     return Profile(pd.concat(tables)[["model", "batch", "gpu_pct", "service_ms"]], origin, strict=True)
+
+
+def _precision_text(precision: str, gpu: GpuSpec) -> str:
+    """Return the precision as a reader knows it."""
+    conv, product = (precision_of(kind, precision, gpu).upper() for kind in ("conv", "matmul"))
+    return conv if conv == product else f"{product}, convolutions in {conv}"
 
 
 def write_simulated_profiles(folder: str | Path | None = None) -> list[Path]:
@@ -233,8 +240,8 @@ def write_simulated_profiles(folder: str | Path | None = None) -> list[Path]:
     """
     into = data_folder() / "profiles" if folder is None else Path(folder)
     written = []
-    for name, precision in RECORDED.items():
-        profile = simulated_profile(gpu_specs.SPECS[name], precision=precision)
+    for name in RECORDED:
+        profile = simulated_profile(gpu_specs.SPECS[name])
         written.append(profile.save(into / f"{name}-simulated.csv"))
     return written
 
