@@ -1,0 +1,133 @@
+"""The notebooks run, and give what is saved in them; the builder writes what the checks accept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_notebooks_guard import NOTEBOOKS, PATHS, PLOTLY, WIDGET_VIEW, problems
+
+pytestmark = pytest.mark.slow
+ROOT = NOTEBOOKS.parent
+
+SPEC = importlib.util.spec_from_file_location("build", NOTEBOOKS / "build.py")
+builder = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(builder)
+
+
+def nbval(path: Path, scratch: Path) -> SimpleNamespace:
+    """Run a notebook in a new kernel and compare every cell; a process of its own, as nbval makes pytest start slowly."""
+    options = "-q -p no:cacheprovider -p conftest -p nbval.plugin --nbval --nbval-current-env"
+    options += " --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 120 --nbval-kernel-startup-timeout 120"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options.split(), "--rootdir", path.parent, "-c", ROOT / "pyproject.toml", path],
+        cwd=ROOT,
+        env=os.environ
+        | {"IPYTHONDIR": str(scratch), "JUPYTER_RUNTIME_DIR": str(scratch), "PYTHONPATH": str(Path(__file__).parent)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return SimpleNamespace(passed=int(passed[1]) if passed and done.returncode == 0 else 0, text=done.stdout)
+
+
+def code_cells(path: Path) -> int:
+    return sum(cell["cell_type"] == "code" for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(NOTEBOOKS)))
+def test_notebook_gives_what_is_saved(path, tmp_path):
+    result = nbval(path, tmp_path)
+    assert result.passed == code_cells(path), result.text
+
+
+def small(*sources: str) -> NotebookNode:
+    """A notebook that was never run."""
+    notebook = new_notebook(cells=[new_markdown_cell("# Does the builder work?")])
+    for source in sources:
+        notebook.cells += [new_markdown_cell("See:"), new_code_cell(source)]
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A notebook with text, a table, a widget, a figure, an error and a time, as the builder saves it."""
+    path = tmp_path_factory.mktemp("notebooks") / "00_small.ipynb"
+    notebook = small(
+        "import time\n\nimport ipywidgets\nimport pandas as pd\nimport plotly.graph_objects as go\n\nimport dstack_lab as lab",
+        "lab.Poisson(rate_rps=400)",
+        "pd.DataFrame({'gpu_pct': [25, 50], 'service_ms': [8.0, 4.5]})",
+        "slider = ipywidgets.IntSlider(description='GPU%')\nslider",
+        "go.Figure(go.Scatter(y=[1, 2]))",
+        "lab.Poisson(rate_rps=-1)",
+        "print(f'measured: {time.perf_counter()} ms')",
+    )
+    notebook.cells[10].metadata.tags = ["nbval-ignore-output"]
+    notebook.cells[12].metadata.tags = ["raises-exception"]
+    nbformat.write(notebook, path)
+    builder.build(path)
+    return path
+
+
+def test_builder_keeps_the_rules(built):
+    notebook = json.loads(built.read_text())
+    assert problems(notebook) == []
+    assert notebook["cells"][10]["metadata"] == {"tags": ["nbval-ignore-output"]}
+    assert "version" not in notebook["metadata"]["language_info"]
+    assert [path.name for path in built.parent.iterdir()] == [built.name]  # nothing half-written is left
+    nbformat.validate(nbformat.read(built, as_version=4))
+
+
+def test_built_notebook_passes_nbval(built, tmp_path):
+    result = nbval(built, tmp_path)
+    assert result.passed == 7, result.text
+
+
+def test_nbval_finds_a_changed_number(built, tmp_path):
+    changed = tmp_path / "changed.ipynb"
+    changed.write_text(built.read_text().replace("8.0  ", "8.1  ").replace("<td>8.0", "<td>8.1"))
+    result = nbval(changed, tmp_path)
+    assert result.passed == 0
+    assert "1 failed, 6 passed" in result.text
+
+
+def test_builder_leaves_a_failing_notebook_as_it_was(tmp_path):
+    path = tmp_path / "failing.ipynb"
+    nbformat.write(small("1 / 0"), path)
+    before = path.read_text()
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        builder.build(path)
+    assert path.read_text() == before
+
+
+def test_clean_drops_what_does_not_last():
+    notebook = small("panel")
+    notebook.metadata.widgets = {"state": {}}
+    notebook.metadata.language_info = {"name": "python", "version": "3.11.7"}
+    cell = notebook.cells[-1]
+    cell.metadata = NotebookNode(execution=NotebookNode(start="now"), tags=["nbval-ignore-output"])
+    cell.execution_count = 9
+    cell.outputs = [
+        new_output("execute_result", {WIDGET_VIEW: {}, "text/plain": "a panel", "image/png": "AA=="}, execution_count=9),
+        new_output("display_data", {PLOTLY: {"data": []}, "image/png": "AA=="}),
+        new_output("display_data", {WIDGET_VIEW: {}}),
+        new_output("stream", text="30 %\n"),
+    ]
+    builder.clean(notebook)
+    assert notebook.metadata == {"language_info": {"name": "python"}}
+    assert cell.metadata == {"tags": ["nbval-ignore-output"]}
+    assert cell.execution_count == cell.outputs[0].execution_count == 1
+    assert [list(output.get("data", {})) for output in cell.outputs] == [["text/plain", "image/png"], [PLOTLY], []]
