@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import nbformat
 import pytest
-from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_notebooks_guard import NOTEBOOKS, PATHS, PLOTLY, WIDGET_VIEW, problems
+
+if TYPE_CHECKING:  # imported in functions: it takes seconds, and `make quick` reads this file too
+    from nbformat import NotebookNode
 
 pytestmark = pytest.mark.slow
 ROOT = NOTEBOOKS.parent
@@ -29,11 +30,15 @@ def nbval(path: Path, scratch: Path) -> SimpleNamespace:
     """Run a notebook in a new kernel and compare every cell; a process of its own, as nbval makes pytest start slowly."""
     options = "-q -p no:cacheprovider -p conftest -p nbval.plugin --nbval --nbval-current-env"
     options += " --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 120 --nbval-kernel-startup-timeout 120"
+    environment = os.environ | {
+        "IPYTHONDIR": str(scratch),  # not the reader's own start-up files
+        "JUPYTER_RUNTIME_DIR": str(scratch),
+        "PYTHONPATH": str(Path(__file__).parent),  # for `-p conftest`
+    }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options.split(), "--rootdir", path.parent, "-c", ROOT / "pyproject.toml", path],
         cwd=ROOT,
-        env=os.environ
-        | {"IPYTHONDIR": str(scratch), "JUPYTER_RUNTIME_DIR": str(scratch), "PYTHONPATH": str(Path(__file__).parent)},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -56,6 +61,8 @@ def test_notebook_gives_what_is_saved(path, tmp_path):
 
 def small(*sources: str) -> NotebookNode:
     """A notebook that was never run."""
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
     notebook = new_notebook(cells=[new_markdown_cell("# Does the builder work?")])
     for source in sources:
         notebook.cells += [new_markdown_cell("See:"), new_code_cell(source)]
@@ -65,6 +72,8 @@ def small(*sources: str) -> NotebookNode:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A notebook with text, a table, a widget, a figure, an error and a time, as the builder saves it."""
+    import nbformat
+
     path = tmp_path_factory.mktemp("notebooks") / "00_small.ipynb"
     notebook = small(
         "import time\n\nimport ipywidgets\nimport pandas as pd\nimport plotly.graph_objects as go\n\nimport dstack_lab as lab",
@@ -83,6 +92,8 @@ def built(tmp_path_factory):
 
 
 def test_builder_keeps_the_rules(built):
+    import nbformat
+
     notebook = json.loads(built.read_text())
     assert problems(notebook) == []
     assert notebook["cells"][10]["metadata"] == {"tags": ["nbval-ignore-output"]}
@@ -105,6 +116,8 @@ def test_nbval_finds_a_changed_number(built, tmp_path):
 
 
 def test_builder_leaves_a_failing_notebook_as_it_was(tmp_path):
+    import nbformat
+
     path = tmp_path / "failing.ipynb"
     nbformat.write(small("1 / 0"), path)
     before = path.read_text()
@@ -114,6 +127,9 @@ def test_builder_leaves_a_failing_notebook_as_it_was(tmp_path):
 
 
 def test_clean_drops_what_does_not_last():
+    from nbformat import NotebookNode
+    from nbformat.v4 import new_output
+
     notebook = small("panel")
     notebook.metadata.widgets = {"state": {}}
     notebook.metadata.language_info = {"name": "python", "version": "3.11.7"}
