@@ -13,6 +13,9 @@ Sources of the recorded figures, all NVIDIA's, without sparsity:
 - H100: "NVIDIA H100 Tensor Core GPU Architecture" white paper, SXM5: table 4 and the H100 data
   sheet (132 SMs, 1980 MHz, 66.9 TFLOPS FP32, 494.7 TF32, 989.4 FP16, 50 MB L2, 3352 GB/s, 80 GB).
 - H200: "NVIDIA H200 Tensor Core GPU" data sheet, SXM: the chip of the H100 with 141 GB at 4.8 TB/s.
+- SMs come in pairs (texture processing clusters) on all of these; that MPS grants pairs is assumed. Its guide
+  says a share is rounded down; the public V100 measurements at 2, 4 and 6 % (an older driver, whose
+  guide said up) only make sense rounded up.
 - Threads and blocks an SM holds: "CUDA C++ Programming Guide", technical specifications per
   compute capability 6.0, 7.0, 7.5, 8.0 and 9.0.
 """
@@ -57,6 +60,10 @@ class GpuSpec:
         Device memory.
     sm_threads, sm_blocks : int
         Threads and thread blocks that one SM holds at most.
+    sm_step : int
+        SMs are granted in multiples of this.
+    rounds_up : bool
+        Whether a share that falls between two multiples gets the larger one.
     """
 
     name: str
@@ -70,10 +77,12 @@ class GpuSpec:
     tf32_tflops: float = field(default=math.nan, kw_only=True)
     sm_threads: int = field(default=2048, kw_only=True)
     sm_blocks: int = field(default=32, kw_only=True)
+    sm_step: int = field(default=2, kw_only=True)
+    rounds_up: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and bool(self.name), "gpu.name", self.name, "a non-empty text")
-        for name in ("sms", "sm_threads", "sm_blocks"):
+        for name in ("sms", "sm_threads", "sm_blocks", "sm_step"):
             count(f"gpu.{name}", getattr(self, name))
         for name in ("clock_mhz", "fp32_tflops", "fp16_tflops", "bandwidth_gb_s", "memory_gib"):
             positive(f"gpu.{name}", getattr(self, name))
@@ -95,7 +104,7 @@ class GpuSpec:
         return rate
 
     def sms_at(self, gpu_pct: ArrayLike) -> np.ndarray:
-        """SMs that a GPU% allows: rounded down, at least 1; same shape as `gpu_pct`.
+        """SMs that a GPU% grants: a multiple of `sm_step`, at least one; same shape as `gpu_pct`.
 
         Raises
         ------
@@ -105,8 +114,10 @@ class GpuSpec:
         share = np.asarray(gpu_pct, dtype=float)
         good = (share >= 1) & (share <= 100)
         require(bool(np.all(good)), "gpu_pct", share[~good].flat[0] if not np.all(good) else None, "a GPU% from 1 to 100")
-        sms: np.ndarray = np.maximum(np.floor(self.sms * share / 100 + 1e-9), 1).astype(np.int64)
-        return sms
+        steps = self.sms * share / 100 / self.sm_step
+        whole = np.ceil(steps - 1e-9) if self.rounds_up else np.floor(steps + 1e-9)
+        granted: np.ndarray = np.clip(whole * self.sm_step, self.sm_step, self.sms).astype(np.int64)
+        return np.where(share == 100, self.sms, granted)
 
     @classmethod
     def from_device(cls, index: int = 0) -> GpuSpec:
@@ -149,7 +160,7 @@ class GpuSpec:
         )
 
 
-V100 = GpuSpec("V100", 80, 1530, 15.7, 125, 900, 6, 16)
+V100 = GpuSpec("V100", 80, 1530, 15.7, 125, 900, 6, 16, rounds_up=True)
 P100 = GpuSpec("P100", 56, 1480, 10.6, 21.2, 732, 4, 16)
 T4 = GpuSpec("T4", 40, 1590, 8.1, 65, 320, 4, 16, sm_threads=1024, sm_blocks=16)
 A100 = GpuSpec("A100", 108, 1410, 19.5, 312, 1555, 40, 40, tf32_tflops=156)

@@ -140,9 +140,9 @@ class KernelModel:
         )
 
     def kernel_knees_pct(self, batch: int) -> np.ndarray:
-        """Smallest GPU% at which each kernel is within 5 % of its time at 100 %, to the SM."""
-        shares = np.arange(1, self.gpu.sms + 1) * 100 / self.gpu.sms
-        shares = np.clip(shares, 1, 100)
+        """Smallest GPU% at which each kernel is within 5 % of its time at 100 %, of those that MPS tells apart."""
+        sms = np.append(np.arange(self.gpu.sm_step, self.gpu.sms, self.gpu.sm_step), self.gpu.sms)
+        shares = np.clip(sms * 100 / self.gpu.sms, 1, 100)
         times = self.kernel_ms(batch, shares)
         first = np.argmax(times <= (1 + KNEE_TOLERANCE) * times[:, -1:], axis=1)
         knees: np.ndarray = shares[first]

@@ -40,8 +40,10 @@ def test_rates_by_precision():
 
 def test_sms_of_a_share():
     assert V100.sms_at(100) == 80
-    assert list(V100.sms_at([1, 10, 25, 30, 99.9])) == [1, 8, 20, 24, 79]
-    assert H200.sms_at(50) == 66
+    assert list(V100.sms_at([1, 2, 4, 6, 10, 25, 99])) == [2, 2, 4, 6, 8, 20, 80]  # pairs, rounded up
+    assert list(H200.sms_at([1, 5, 10, 50, 99.9, 100])) == [2, 6, 12, 66, 130, 132]  # pairs, rounded down
+    odd = dataclasses.replace(H200, sms=7, sm_step=2)
+    assert list(odd.sms_at([20, 60, 99, 100])) == [2, 4, 6, 7]
     for bad in (0, 101, np.nan, [50, -1]):
         with pytest.raises(ValueError, match=r"gpu_pct = .*: must be a GPU% from 1 to 100"):
             V100.sms_at(bad)
