@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dstack_lab.checks import positive, require
 
-Times = NDArray[np.floating[Any]]
+Times = NDArray[np.float64]
 
 
 @runtime_checkable
@@ -139,7 +139,7 @@ class Steps:
         edge = np.append(start, duration_ms)
         expected = np.concatenate(([0.0], np.cumsum(rate * np.diff(edge)) / 1000))
         unit = _renewal(expected[-1], 1.0, lambda n: rng.standard_exponential(n)) if expected[-1] > 0 else np.empty(0)
-        return np.asarray(np.interp(unit, expected, edge))
+        return np.asarray(np.interp(unit, expected, edge), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,7 +182,7 @@ class Replay:
     def sample(self, duration_ms: float, rng: np.random.Generator) -> Times:
         """Return the recorded times below `duration_ms` [ms]; `rng` is not used."""
         positive("duration_ms", duration_ms)
-        return np.asarray(self.times_ms[self.times_ms < duration_ms])
+        return np.asarray(self.times_ms[self.times_ms < duration_ms], dtype=np.float64)
 
 
 def _renewal(duration: float, mean_gap: float, gaps: Callable[[int], Times]) -> Times:
