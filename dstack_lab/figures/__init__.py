@@ -1,0 +1,32 @@
+"""Figures: data -> plotly Figure, with units on every axis and the provenance in every subtitle.
+
+``static_*`` write the same pictures as PNG or SVG, byte for byte the same on every run.
+"""
+
+from dstack_lab.figures.curves import batches, knee
+from dstack_lab.figures.latencies import latency
+from dstack_lab.figures.plans import plan
+from dstack_lab.figures.races import comparison
+from dstack_lab.figures.space import place, raster
+from dstack_lab.figures.static import static_comparison, static_knee, static_timeline
+from dstack_lab.figures.style import COLORS, CONFIG, cues, quiet_mode_bar
+from dstack_lab.figures.timelines import timeline
+
+__all__ = [
+    "COLORS",
+    "CONFIG",
+    "batches",
+    "comparison",
+    "cues",
+    "knee",
+    "latency",
+    "place",
+    "plan",
+    "raster",
+    "static_comparison",
+    "static_knee",
+    "static_timeline",
+    "timeline",
+]
+
+quiet_mode_bar()

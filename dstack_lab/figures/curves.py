@@ -1,0 +1,276 @@
+"""Service times: against GPU% with the knee, and against the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from dstack_lab.checks import count, percent, positive, require
+from dstack_lab.figures import style
+from dstack_lab.gpu_model import GpuModel, fit
+from dstack_lab.knees import Knee
+from dstack_lab.profiles import Profile
+
+
+class Curve:
+    """Points, fitted curve and knee of one network at one batch.
+
+    Parameters
+    ----------
+    profile : Profile
+    model : str
+    batch : int
+    rule : str
+        Rule of the knee; see `dstack_lab.knees`.
+    slo_ms : float, optional
+        For the rule ``capacity`` [ms].
+    """
+
+    __slots__ = ("gpu_pct", "knee", "knee_ms", "model", "points", "service_ms")
+
+    def __init__(self, profile: Profile, model: str, batch: int, rule: str, slo_ms: float | None) -> None:
+        rows = profile.of(model)
+        fitted: GpuModel = fit(profile, model)
+        self.model = model
+        self.points: pd.DataFrame = rows[rows["batch"] == batch]
+        self.gpu_pct = np.unique(np.append(np.geomspace(max(1.0, rows["gpu_pct"].min()), 100, 60), np.arange(10, 101, 5.0)))
+        self.service_ms = np.asarray(fitted.predict(batch, self.gpu_pct))
+        self.knee: Knee = fitted.knee(batch, rule, slo_ms=slo_ms)
+        self.knee_ms = float("nan") if np.isnan(self.knee.pct) else float(fitted.predict(batch, self.knee.pct))
+
+    @property
+    def label(self) -> str:
+        """Direct label: the network and its knee."""
+        return f"{self.model}: {self.knee}"
+
+
+def curves(
+    profile: Profile, models: Iterable[str] | str | None, batch: int | None, rule: str, slo_ms: float | None
+) -> tuple[list[Curve], str, int, bool]:
+    """Curves to draw, the title, the batch, and whether their times span so much that a log axis is needed."""
+    names = list(dict.fromkeys(profile.models if models is None else [models] if isinstance(models, str) else models))
+    require(bool(names), "models", names, f"one or more of {', '.join(profile.models)}")
+    measured = [set(profile.of(name)["batch"]) for name in names]
+    if batch is None:
+        batch = int(min(set.intersection(*measured) or set.union(*measured)))
+    drawn = [Curve(profile, name, count("batch", batch), rule, slo_ms) for name in names]
+    low, high = min(c.service_ms.min() for c in drawn), max(c.service_ms.max() for c in drawn)
+    title = f"Service time and knee at batch {batch} (rule: {rule})"
+    return drawn, title, batch, bool(high > 12 * low)
+
+
+def knee(
+    profile: Profile,
+    models: Iterable[str] | str | None = None,
+    batch: int | None = None,
+    rule: str = "tolerance",
+    slo_ms: float | None = None,
+    *,
+    width: int = style.WIDTH,
+) -> go.Figure:
+    """Draw service time against GPU%: the profile's points, the fitted curve, and the knee with its interval.
+
+    Parameters
+    ----------
+    profile : Profile
+    models : str or iterable of str, optional
+        Networks; all by default.
+    batch : int, optional
+        Batch; by default the smallest that all of them were profiled at. Need not be in the profile:
+        then only the curve is drawn.
+    rule : str
+        Rule of the knee: one of `dstack_lab.knees.RULES`.
+    slo_ms : float, optional
+        Latency objective for the rule ``capacity`` [ms].
+    width : int
+        Width of the figure [px].
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        The time axis is logarithmic where times differ by more than a factor of 12.
+
+    Raises
+    ------
+    ValueError
+        If the profile lacks a model, or the rule or batch is not allowed.
+    """
+    drawn, title, batch, log = curves(profile, models, batch, rule, slo_ms)
+    right = 40 + 7 * max(len(c.label) for c in drawn)
+    made = style.figure(title, str(profile.provenance), width=width, height=460, right=min(right, width // 2))
+    times = np.concatenate([np.append(c.service_ms, c.points["service_ms"]) for c in drawn])
+    low, high = (0.85 * times.min(), 1.2 * times.max()) if log else (0.0, 1.05 * times.max())
+    made.update_xaxes(style.axis("Share [GPU%]", range=[0, 101], dtick=20))
+    words = "Service time [ms]"
+    made.update_yaxes(style.log_axis(words, low, high) if log else style.axis(words, range=[low, high]))
+    if log:  # from here on in the axis's own coordinate, where labels are placed
+        low, high = np.log10(low), np.log10(high)
+    for curve, cue in zip(drawn, style.cues(c.model for c in drawn).values(), strict=True):
+        _add_curve(made, curve, cue)
+    ends = [float(np.log10(c.service_ms[-1])) if log else float(c.service_ms[-1]) for c in drawn]
+    # one line of text is 17 px of the drawing's height
+    gap = 17 / (made.layout.height - made.layout.margin.t - made.layout.margin.b) * (high - low)
+    for curve, cue, end in zip(drawn, style.cues(c.model for c in drawn).values(), _inside(ends, gap, low), strict=True):
+        made.add_annotation(
+            style.note(style.label(cue, curve.label), 101, end, xanchor="left", xshift=6, yanchor="middle", align="left")
+        )
+    return made
+
+
+def _add_curve(made: go.Figure, curve: Curve, cue: style.Cue) -> None:
+    name, where = style.plain(curve.model), "%{x:.4~g} GPU%: %{y:.4~g} ms"
+    made.add_trace(
+        go.Scatter(
+            x=curve.gpu_pct,
+            y=curve.service_ms,
+            mode="lines",
+            name=f"{name}, fitted",
+            line={"color": cue.color, "dash": cue.dash, "width": 2},
+            hovertemplate=f"<b>{name}</b>, fitted<br>{where}<extra></extra>",
+        )
+    )
+    if len(curve.points):
+        made.add_trace(
+            go.Scatter(
+                x=curve.points["gpu_pct"].to_numpy(),
+                y=curve.points["service_ms"].to_numpy(),
+                mode="markers",
+                name=f"{name}, profile",
+                marker={"color": cue.color, "symbol": cue.symbol, "size": 6},
+                hovertemplate=f"<b>{name}</b>, profile<br>{where}<extra></extra>",
+            )
+        )
+    if not np.isnan(curve.knee.pct):
+        reach = {"array": [curve.knee.high - curve.knee.pct], "arrayminus": [curve.knee.pct - curve.knee.low]}
+        made.add_trace(
+            go.Scatter(
+                x=[curve.knee.pct],
+                y=[curve.knee_ms],
+                mode="markers",
+                name=f"{name}, knee",
+                marker={"color": cue.color, "symbol": f"{cue.symbol}-open", "size": 15, "line": {"width": 2.5}},
+                error_x={"type": "data", "symmetric": False, **reach, "color": cue.color, "thickness": 1.5},
+                hovertemplate=f"<b>{name}</b>: {curve.knee}<br>{where}<extra></extra>",
+            )
+        )
+
+
+def _inside(ends: list[float], gap: float, low: float) -> list[float]:
+    """Labels apart from each other and above the axis."""
+    moved = style.spread(ends, gap)
+    lift = max(0.0, low + 0.6 * gap - min(moved))
+    return [m + lift for m in moved]
+
+
+def batches(
+    profile: Profile,
+    model: str,
+    slo_ms: float | None = None,
+    shares: Iterable[float] | None = None,
+    *,
+    width: int = style.WIDTH,
+) -> go.Figure:
+    """Draw what a batch buys and costs: latency and throughput against the batch, at several shares.
+
+    Parameters
+    ----------
+    profile : Profile
+    model : str
+    slo_ms : float, optional
+        Latency objective [ms]: drawn with its half, since a request that just misses a launch waits
+        for it and then for its own. Points beyond the SLO are hollow.
+    shares : iterable of float, optional
+        GPU% to draw, at most 5; by default about 4 of the profile's, spread evenly in logs.
+    width : int
+        Width of the figure [px].
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Curves are fitted, symbols are the profile's points. Throughput is that of one launch after
+        another, ``1000 batch / service_ms``.
+
+    Raises
+    ------
+    ValueError
+        If the profile lacks `model`, a share is not in 1 to 100, or `slo_ms` is not above 0.
+    """
+    rows = profile.of(model)
+    fitted = fit(profile, model)
+    limit = None if slo_ms is None else positive("slo_ms", slo_ms)
+    chosen = _some(np.unique(rows["gpu_pct"])) if shares is None else sorted({percent("shares", g) for g in shares})
+    require(1 <= len(chosen) <= len(style.DASHES), "shares", chosen, f"1 to {len(style.DASHES)} of them")
+    grid = np.geomspace(1, float(rows["batch"].max()), 40) if rows["batch"].max() > 1 else np.array([1.0])
+    title = f"{model}: what a batch costs and buys"
+    made = make_subplots(rows=1, cols=2, horizontal_spacing=0.19)
+    made.update_layout(style.figure(title, str(profile.provenance), width=width, height=420, right=80).layout)
+    ticks = sorted({int(b) for b in rows["batch"]})
+    ticks = [b for b in ticks if b & (b - 1) == 0] or ticks[:8]
+    made.update_xaxes(style.axis("Batch [requests]", type="log", tickvals=ticks))
+    made.update_yaxes(style.axis("Throughput [requests/s]", rangemode="tozero"), col=2)
+    rates, latest, fastest = [], [], float(rows["service_ms"].min())
+    for share, cue in zip(chosen, style.cues(map(str, chosen)).values(), strict=True):
+        ms = np.asarray(fitted.predict(grid, share))
+        points = rows[rows["gpu_pct"] == share]
+        b, at = points["batch"].to_numpy(), points["service_ms"].to_numpy()
+        rates.append(1000 * grid[-1] / ms[-1])
+        latest.append(float(ms[-1]))
+        fastest = min(fastest, float(ms[0]))
+        for column, line, dots in ((1, ms, at), (2, 1000 * grid / ms, 1000 * b / at)):
+            made.add_traces(_pair(grid, line, b, dots, at, share, cue, limit, column), rows=1, cols=column)
+    slowest = max(*latest, float(rows["service_ms"].max() if shares is None else 0), limit or 0)
+    made.update_yaxes(style.log_axis("Service time [ms]", 0.8 * min(fastest, (limit or fastest) / 2), 1.3 * slowest), col=1)
+    _label_ends(made, chosen, latest, rates)
+    if limit is not None:
+        for at_ms, words, dash in ((limit, "SLO", "dash"), (limit / 2, "half the SLO", "dot")):
+            made.add_hline(at_ms, row=1, col=1, line={"color": style.GREY, "dash": dash, "width": 1.5})
+            made.add_annotation(
+                style.note(
+                    f"{words}, {at_ms:g} ms", 0.01, float(np.log10(at_ms)), xref="x domain", xanchor="left", yanchor="bottom"
+                )
+            )
+    return made
+
+
+def _pair(
+    grid: np.ndarray,
+    line: np.ndarray,
+    b: np.ndarray,
+    dots: np.ndarray,
+    ms: np.ndarray,
+    share: float,
+    cue: style.Cue,
+    limit: float | None,
+    column: int,
+) -> list[Any]:
+    """Fitted line and the profile's points of one share."""
+    unit = "ms" if column == 1 else "requests/s"
+    hover = f"<b>{share:g} GPU%</b>, batch %{{x:.3~g}}: %{{y:.4~g}} {unit}<extra></extra>"
+    late = np.zeros(len(ms), dtype=bool) if limit is None else ms > limit
+    symbols = [f"{cue.symbol}-open" if x else cue.symbol for x in late]
+    pen = {"color": cue.color, "dash": cue.dash, "width": 2}
+    drawn = [go.Scatter(x=grid, y=line, mode="lines", name=f"{share:g} GPU%, fitted", line=pen, hovertemplate=hover)]
+    if len(b):
+        marker = {"color": cue.color, "symbol": symbols, "size": 8}
+        drawn.append(go.Scatter(x=b, y=dots, mode="markers", name=f"{share:g} GPU%, profile", marker=marker, hovertemplate=hover))
+    return drawn
+
+
+def _label_ends(made: go.Figure, shares: list[float], latest: list[float], rates: list[float]) -> None:
+    """Write each share at the end of its curves, labels apart."""
+    # plotly places annotations on a logarithmic axis by the logarithm
+    for x, y, ends, span in (("x", "y", np.log10(latest).tolist(), 2.0), ("x2", "y2", rates, max(rates))):
+        for share, cue, end in zip(shares, style.cues(map(str, shares)).values(), style.spread(ends, span / 18), strict=True):
+            words = style.label(cue, f"{share:g} %")
+            made.add_annotation(style.note(words, 1, end, xref=f"{x} domain", yref=y, xanchor="left", xshift=4))
+
+
+def _some(shares: np.ndarray, most: int = 4) -> list[float]:
+    """About `most` of the shares, evenly in logs, with both ends."""
+    wanted = np.geomspace(shares[0], shares[-1], most)
+    return sorted({float(shares[np.argmin(np.abs(np.log(shares / w)))]) for w in wanted})
