@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import dstack_lab
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+MAKEFILE = (ROOT / "Makefile").read_text()
 CONDA_NAMES = {"torch": "pytorch"}
 
 
@@ -42,7 +44,7 @@ def pins() -> dict[str, str]:
 
 def make_targets() -> dict[str, str]:
     """Targets of the Makefile that explain themselves, and what they say."""
-    return dict(re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return dict(re.findall(r"^([a-z-]+):.*## (.+)$", MAKEFILE, re.MULTILINE))
 
 
 def test_conda_environment_says_the_same_as_pyproject():
@@ -81,6 +83,23 @@ def test_one_version_everywhere():
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert dstack_lab.__version__ == PROJECT["version"] == citation["version"] == newest[1]
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("script", re.findall(r"\$\(PY\) (\S+\.py)", MAKEFILE))
+def test_scripts_that_make_runs_exist(script):
+    assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("module", re.findall(r"\$\(PY\) -m (dstack_lab\.\S+)", MAKEFILE))
+def test_modules_that_make_runs_exist(module):
+    assert importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.parametrize("verb", re.findall(r"\$\(PY\) -m dstack_lab ([a-z]+)", MAKEFILE))
+def test_verbs_that_make_runs_exist(verb):
+    shown = subprocess.run([sys.executable, "-m", "dstack_lab", verb, "--help"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert verb in shown.stdout
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".ci/run"])
