@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -27,15 +28,14 @@ Array = NDArray[np.float64]
 
 def service_tables(services: Sequence[Service], profile: Profile) -> tuple[ServiceTable, ...]:
     """Dense service times of each service's model, from the GPU% model fitted to `profile`."""
-    tables: dict[str, ServiceTable] = {}
-    for service in services:
-        if service.model not in tables:
-            rows = profile.of(service.model)
-            batch = np.arange(1, int(rows["batch"].max()) + 1)[:, None]
-            tables[service.model] = ServiceTable(
-                np.asarray(fit(profile, service.model).predict(batch, np.arange(1, 101)[None, :]))
-            )
-    return tuple(tables[service.model] for service in services)
+    return tuple(_table(profile, service.model) for service in services)
+
+
+@lru_cache(maxsize=256)
+def _table(profile: Profile, model: str) -> ServiceTable:
+    """Fit once per profile object: comparisons plan the same services over and over."""
+    batch = np.arange(1, int(profile.of(model)["batch"].max()) + 1)[:, None]
+    return ServiceTable(np.asarray(fit(profile, model).predict(batch, np.arange(1, 101)[None, :])))
 
 
 def scores(table: ServiceTable, shares: Sequence[float], objective: str) -> Array:
@@ -107,7 +107,8 @@ def optimize(
                 f"the services ask for more than 100 GPU% even at their cheapest points: {asks}; "
                 "lower a rate, relax an SLO, or pass overload='reject'"
             )
-        rates = list(limit.rates_rps.values())
+        admitted = zip(services, tables, limit.rates_rps.values(), strict=True)
+        rates = [_servable(service, table, granted, rate) for service, table, rate in admitted]
     choices = [_ranked(s, t, granted, r, objective) for s, t, r in zip(services, tables, rates, strict=True)]
     picked = _fit_together(choices)
     allocations = tuple(
@@ -177,7 +178,7 @@ def _bound(services: Sequence[Service], tables: Sequence[ServiceTable], shares: 
         ms, batch, share = _grid(table, shares)
         area = np.where(ms <= service.slo_ms, share * ms / batch, np.inf)
         if not np.isfinite(area).any():
-            raise InfeasiblePlan(_too_slow(service, table, shares, 1))
+            raise InfeasiblePlan(_too_slow(service, service.rate_rps, table, shares, 1))
         areas.append(float(area.min()))
     rates = [s.rate_rps for s in services]
     solved = linprog([-1.0] * len(rates), A_ub=[areas], b_ub=[100_000.0], bounds=[(0, r) for r in rates], method="highs")
@@ -189,7 +190,7 @@ def _ranked(service: Service, table: ServiceTable, shares: Sequence[float], rate
     ms, batch, share = _grid(table, shares)
     good = feasible(table, shares, service.slo_ms, rate)
     if not good.any():
-        raise InfeasiblePlan(_too_slow(service, table, shares, 2))
+        raise InfeasiblePlan(_too_slow(service, rate, table, shares, 2))
     value, load = scores(table, shares, objective), rate * share * ms / batch / 1000
     order = sorted(zip(*np.nonzero(good), strict=True), key=lambda p: (-value[p], load[p], p))
     kept: list[_Choice] = []
@@ -220,11 +221,17 @@ def _grid(table: ServiceTable, shares: Sequence[float]) -> tuple[Array, Array, A
     return ms, np.arange(1.0, table.batch_max + 1)[:, None], np.asarray(shares, dtype=float)[None, :]
 
 
-def _too_slow(service: Service, table: ServiceTable, shares: Sequence[float], launches: int) -> str:
+def _servable(service: Service, table: ServiceTable, shares: Sequence[float], rate: float) -> float:
+    """Largest tenth of `rate` for which a feasible point exists; the bound admits more than one launch at a time serves."""
+    parts = (rate * tenth / 10 for tenth in range(10, 0, -1))
+    return next((part for part in parts if feasible(table, shares, service.slo_ms, part).any()), rate)
+
+
+def _too_slow(service: Service, rate: float, table: ServiceTable, shares: Sequence[float], launches: int) -> str:
     fastest = table.at(1, shares[-1])
     need = f"{launches} x " if launches > 1 else ""
     return (
-        f"{service.name} asks for slo_ms = {service.slo_ms:g} at {service.rate_rps:g}/s, but no batch and share meet it: "
+        f"{service.name} asks for slo_ms = {service.slo_ms:g} at {rate:g}/s, but no batch and share meet it: "
         f"one request takes {need}{fastest:.2f} ms at {shares[-1]:g} GPU%; relax the SLO or lower the rate"
     )
 
