@@ -15,8 +15,8 @@ import pandas as pd
 from dstack_lab.checks import count, require
 from dstack_lab.kernels import LINEAR, Kernels
 
-#: What one SM holds at most, on every data-centre GPU since Volta (CUDA C++ Programming Guide,
-#: "Technical Specifications per Compute Capability"; T4 holds 1024 threads and 16 blocks).
+#: What one SM holds at most where the trace does not say: any data-centre GPU since Volta (CUDA C++
+#: Programming Guide, "Technical Specifications per Compute Capability").
 SM_THREADS, SM_BLOCKS, SM_REGISTERS = 2048, 32, 65536
 
 CURE = "record one forward pass with torch.profiler (activities CPU and CUDA) and export_chrome_trace"
@@ -56,13 +56,23 @@ def from_trace(source: str | os.PathLike[str] | Mapping[str, Any], batch: int, n
     assert events is not None
     ran = [e for e in events if isinstance(e, Mapping) and e.get("cat") == "kernel"]
     require(bool(ran), "kernel events in the trace", 0, f"1 or more: {CURE}")
-    rows = [_kernel(event) for event in sorted(ran, key=lambda e: _number(e, "ts"))]
+    devices = content.get("deviceProperties")
+    device = devices[0] if isinstance(devices, list) and devices and isinstance(devices[0], Mapping) else {}
+    rows = [_kernel(event, device) for event in sorted(ran, key=lambda e: _number(e, "ts"))]
     labels = pd.DataFrame(rows)
     busy_until = (labels["ts"] + labels["work_us"]).cummax().shift()
     labels["gap_us"] = (labels["ts"] - busy_until).clip(lower=0).fillna(0.0)
     unknown = pd.DataFrame(float("nan"), index=labels.index, columns=list(LINEAR))
     labels = labels.drop(columns="ts")
-    return Kernels(name or called, unknown, unknown * 0, labels, only_batch=batch)
+    sms = device.get("numSms")
+    return Kernels(
+        name or called,
+        unknown,
+        unknown * 0,
+        labels,
+        only_batch=batch,
+        traced_sms=sms if isinstance(sms, int) and sms > 0 else None,
+    )
 
 
 def _read(path: Path) -> Any:
@@ -81,7 +91,12 @@ def _number(event: Mapping[str, Any], key: str) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _kernel(event: Mapping[str, Any]) -> dict[str, Any]:
+def _whole(record: Mapping[str, Any], key: str, default: int) -> int:
+    value = record.get(key)
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def _kernel(event: Mapping[str, Any], device: Mapping[str, Any]) -> dict[str, Any]:
     name = str(event.get("name", "kernel"))
     work_us = _number(event, "dur")
     require(work_us > 0, f"dur of kernel {name[:60]!r}", work_us, "above 0 us")
@@ -94,17 +109,18 @@ def _kernel(event: Mapping[str, Any]) -> dict[str, Any]:
         require(good, f"{key} of kernel {name[:60]!r}", size, "three integers, 1 or more")
         sizes.append(prod(size))  # type: ignore[arg-type]
     grid, threads = sizes
-    registers = args.get("registers per thread", 0)
-    resident = min(SM_BLOCKS, SM_THREADS // threads)
-    if isinstance(registers, int) and registers > 0:
-        resident = min(resident, SM_REGISTERS // (registers * threads))
+    held = [SM_BLOCKS, _whole(device, "maxThreadsPerMultiprocessor", SM_THREADS) // threads]
+    if registers := _whole(args, "registers per thread", 0):
+        held.append(_whole(device, "regsPerMultiprocessor", SM_REGISTERS) // (registers * threads))
+    if (shared := _whole(args, "shared memory", 0)) and (room := _whole(device, "sharedMemPerMultiprocessor", 0)):
+        held.append(room // shared)
     return {
         "operator": name,
         "kind": "traced",
         "fused": name,
         "winograd": False,
         "units": grid,
-        "resident": max(resident, 1),
+        "resident": max(min(held), 1),
         "ts": _number(event, "ts"),
         "work_us": work_us,
     }

@@ -72,6 +72,11 @@ class KernelModel:
     def __post_init__(self) -> None:
         require(isinstance(self.kernels, Kernels), "kernels", type(self.kernels).__name__, "Kernels, of kernels.of_module")
         require(isinstance(self.gpu, GpuSpec), "gpu", type(self.gpu).__name__, "a GpuSpec, such as gpu_specs.V100")
+        traced = self.kernels.traced_sms
+        same = traced is None or traced == self.gpu.sms
+        require(
+            same, "gpu.sms", self.gpu.sms, f"{traced}, as the GPU that was traced: measured kernels say nothing of another GPU"
+        )
         precision_of("conv", self.precision, self.gpu)
         if self.calibration is None:
             known = [c for name, c in CALIBRATIONS.items() if name in self.gpu.name.upper()]
@@ -180,6 +185,7 @@ def simulated_profile(
     shares: Sequence[float] = SHARES,
     precision: str = "torch",
     graphs: bool = True,
+    fused: bool = True,
 ) -> Profile:
     """Profile of networks on a GPU that need not be here.
 
@@ -193,6 +199,8 @@ def simulated_profile(
         The grid.
     precision, graphs
         As in `KernelModel`.
+    fused : bool
+        As in `kernels.of_module`; without both `fused` and `graphs` it is what eager PyTorch does.
 
     Returns
     -------
@@ -209,7 +217,7 @@ def simulated_profile(
     tables = []
     for model in zoo.names() if models is None else models:
         network = zoo.load(model, device="meta") if isinstance(model, str) else model
-        kernels = of_module(network.module, network.example, network.name)
+        kernels = of_module(network.module, network.example, network.name, fused)
         grid = pd.MultiIndex.from_product([batches, shares], names=["batch", "gpu_pct"]).to_frame(index=False)
         found = KernelModel(kernels, gpu, precision, graphs).predict(grid["batch"], grid["gpu_pct"])
         tables.append(grid.assign(model=network.name, service_ms=[float(f"{ms:.4g}") for ms in np.atleast_1d(found)]))

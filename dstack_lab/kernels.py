@@ -62,6 +62,8 @@ class Kernels:
         Bytes of one number in the byte columns.
     only_batch : int or None
         The batch a measured trace was taken at; it says nothing of other batches.
+    traced_sms : int or None
+        SMs of the GPU that was traced, if the trace tells.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Kernels:
     parameters: int = 0
     item_bytes: int = 4
     only_batch: int | None = None
+    traced_sms: int | None = None
 
     def __post_init__(self) -> None:
         require(len(self.labels) > 0, "kernels", 0, "1 or more")

@@ -44,6 +44,21 @@ def test_flops_are_the_published_ones(traced, name):
     assert traced[name].flops(1) / 2e9 == pytest.approx(PUBLISHED_GMAC[name], rel=0.02)
 
 
+#: Layers that the zoo does not have: dense links, squeeze-and-excite, shifted windows, layer scale.
+OTHERS = ("densenet121", "efficientnet_b0", "swin_t", "convnext_tiny", "mobilenet_v3_large")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_flops_of_networks_outside_the_zoo(name):
+    models = zoo.torchvision_models()
+    published = models.get_model_weights(name).DEFAULT.meta
+    with torch.device("meta"):
+        module = models.get_model(name, weights=None)
+    found = of_module(module, meta(1, 3, 224, 224), name)
+    assert found.flops(1) / 2e9 == pytest.approx(published["_ops"], rel=0.02)
+    assert found.parameters == published["num_params"]
+
+
 @pytest.mark.parametrize("name", [n for n in zoo.names() if n != "bert_base"])
 def test_flops_and_parameters_are_torchvision_s(traced, name):
     published = zoo.torchvision_models().get_model_weights(name).DEFAULT.meta
@@ -250,6 +265,29 @@ def test_a_trace_gives_the_kernels_as_they_ran(tmp_path):
     assert from_trace(tmp_path / "net.json.gz", batch=4).name == "net"
     with pytest.raises(ValueError, match="batch = 1: must be 4"):
         from_trace(TRACE, batch=4).at(1)
+
+
+def test_the_traced_device_limits_how_many_blocks_an_sm_holds():
+    device = {
+        "numSms": 40,
+        "maxThreadsPerMultiprocessor": 1024,
+        "regsPerMultiprocessor": 65536,
+        "sharedMemPerMultiprocessor": 65536,
+    }
+    shared = {"traceEvents": [event("k", 0, 1, [80, 1, 1], [256, 1, 1], **{"shared memory": 24576})]}
+    plain = {"traceEvents": [event("k", 0, 1, [80, 1, 1], [256, 1, 1])]}
+    for trace, resident in ((shared, 2), (plain, 4)):
+        kernels = from_trace({**trace, "deviceProperties": [device]}, batch=1)
+        assert kernels.traced_sms == 40
+        assert kernels.at(1)["resident"].item() == resident
+
+
+def test_a_trace_of_a_cpu_holds_no_kernel(tmp_path):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        nn.Linear(4, 4)(torch.zeros(1, 4))
+    profiler.export_chrome_trace(str(tmp_path / "cpu.json"))
+    with pytest.raises(ValueError, match=r"kernel events in the trace = 0: .* \(activities CPU and CUDA\)"):
+        from_trace(tmp_path / "cpu.json", batch=1)
 
 
 @pytest.mark.parametrize(
