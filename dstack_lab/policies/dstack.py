@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
+from dstack_lab.policies.calendar import Booking, Calendar
 from dstack_lab.policies.scoreboard import Scoreboard
-from dstack_lab.policies.windows import EPSILON_MS, Window, plan_period
+from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, plan_period
 from dstack_lab.services import Allocation, Plan
 
 #: The scoreboard remembers this many periods.
@@ -51,14 +52,12 @@ class DStack(Policy):
     def reset(self, plan: Plan) -> None:
         """Place the windows; may lower shares or batches to make them fit."""
         period = plan_period(plan, self.reject)
-        self.period_ms = period.period_ms
         self.point = {a.service: a for a in period.allocations}
-        self.windows = period.windows
-        self.cursor, self.cycle_ms = 0, 0.0  # the next window, and when its period began [ms]
-        self.next_ms = self.windows[0].start_ms
-        self.due: list[tuple[float, Window]] = []  # windows whose time has come, with the time they end
+        self.ladder = _ladders(plan, period)
+        self.calendar = Calendar(period)
+        self.blocked: list[Booking] = []  # windows whose time has come but whose share is not free yet
         self.woken_ms = -1.0
-        self.scores = Scoreboard(self.point, self.period_ms, MEMORY)
+        self.scores = Scoreboard(self.point, period.period_ms, MEMORY)
         self.needs_pct = min(a.gpu_pct for a in period.allocations)
 
     def wait_ms(self, allocation: Allocation, slo_ms: float) -> float:
@@ -66,8 +65,8 @@ class DStack(Policy):
         return self.patience * max(slo_ms - allocation.service_ms, 0.0)
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
-        """Only the share of each service's windows."""
-        return {a.service: (a.gpu_pct,) for a in plan_period(plan, self.reject).allocations}
+        """From the share of each service's windows up to the plan's."""
+        return {name: tuple(sorted(ladder)) for name, ladder in _ladders(plan, plan_period(plan, self.reject)).items()}
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Planned windows first, then whatever fits before the next ones."""
@@ -81,30 +80,26 @@ class DStack(Policy):
             self._open_windows(state, now, launches)
         if self.opportunistic and state.free_pct >= self.needs_pct:
             self._fill(state, now, launches)
-        if self.planned and self.next_ms > self.woken_ms:
-            self.woken_ms = self.next_ms
-            return [*launches, Wake(self.next_ms)]
+        if self.planned and self.calendar.next_ms > self.woken_ms:
+            self.woken_ms = self.calendar.next_ms
+            return [*launches, Wake(self.woken_ms)]
         return launches  # type: ignore[return-value]
 
     def _open_windows(self, state: GpuState, now: float, launches: list[Launch]) -> None:
         """Launch the windows whose time has come; empty ones, and ones whose service runs already, are given away."""
-        while self.next_ms <= now + EPSILON_MS:
-            window = self.windows[self.cursor]
-            self.due.append((self.cycle_ms + window.end_ms, window))
-            self._advance()
-        blocked = []
-        for until, window in self.due:
+        if not self.blocked and self.calendar.next_ms > now + EPSILON_MS:
+            return
+        due, self.blocked = self.blocked + self.calendar.take_due(now), []
+        for window in due:
             service = state[window.service]
-            batch = self._batch(service, now)
-            if not batch or service.in_flight:
+            if service.in_flight or not (batch := self._batch(service, now, window.gpu_pct)):
                 continue
-            if not service.ready and service.oldest_deadline_ms >= until + window.next_end_ms - window.end_ms:
+            if not service.ready and service.oldest_deadline_ms >= window.next_end_ms:
                 continue  # the next window serves it in time, with a fuller batch
-            if window.gpu_pct <= state.free_pct - sum(launch.gpu_pct for launch in launches) + EPSILON_MS:
-                self._launch(service, batch, now, "planned", launches)
-            elif now < until:  # on a real device an earlier launch may run longer than predicted
-                blocked.append((until, window))
-        self.due = blocked
+            if window.gpu_pct <= state.free_pct - _sum(launches) + EPSILON_MS:
+                self._launch(service, batch, window.gpu_pct, now, "planned", launches)
+            elif now < window.end_ms:  # on a real device an earlier launch may run longer than predicted
+                self.blocked.append(window)
 
     def _fill(self, state: GpuState, now: float, launches: list[Launch]) -> None:
         """Launch ready services, the least served first, where they are gone before a planned window needs their share."""
@@ -113,57 +108,57 @@ class DStack(Policy):
         if len(ready) > 1:
             received = self.scores.received
             ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.oldest_deadline_ms))
+        others = sum([self.point[s.name].gpu_pct for s in ready])
+        free = state.free_pct - _sum(launches) - sum([w.gpu_pct for w in self.blocked]) + EPSILON_MS
         for service in ready:
-            point = self.point[service.name]
-            batch = self._batch(service, now)
-            end = now + service.service_ms(batch, point.gpu_pct)
-            if self._fits(state, point, end, launches):
-                self._launch(service, batch, now, "opportunistic", launches)
+            others -= self.point[service.name].gpu_pct
+            for share in self.ladder[service.name]:  # more than its window's share only if nobody else waits for it
+                if share > (free - others if share > self.point[service.name].gpu_pct else free):
+                    continue
+                batch = self._batch(service, now, share)
+                if self._fits(state, service, share, now + service.service_ms(batch, share), launches):
+                    self._launch(service, batch, share, now, "opportunistic", launches)
+                    free -= share
+                    break
 
-    def _fits(self, state: GpuState, point: Allocation, end: float, launches: list[Launch]) -> bool:
-        """Whether `point`'s share is free now and, beside every planned window that starts before `end`, until then."""
-        share = point.gpu_pct + sum(launch.gpu_pct for launch in launches)
-        if share > state.free_pct - sum(window.gpu_pct for _, window in self.due) + EPSILON_MS:
-            return False
-        if not self.planned or self.next_ms >= end:
+    def _fits(self, state: GpuState, service: ServiceView, share: float, end: float, launches: list[Launch]) -> bool:
+        """Whether a launch that ends at `end` leaves every planned window until then its share."""
+        if not self.planned or self.calendar.next_ms >= end:
             return True
-        ahead = [w for w in self._windows_before(end) if w[2] != point.service]
-        for start, _, _, _ in ahead:
+        ahead = [w for w in self.calendar.before(end) if w.service != service.name]
+        share += _sum(launches)
+        for start in [w.start_ms for w in ahead]:
             held = state.held_pct(start)  # by service; one that still runs gives its window away
-            reserved = sum([pct for a, b, name, pct in ahead if a <= start < b and name not in held])
+            reserved = sum([w.gpu_pct for w in ahead if w.start_ms <= start < w.end_ms and w.service not in held])
             if reserved + share + sum(held.values()) > 100 + EPSILON_MS:
                 return False
         return True
 
-    def _windows_before(self, end: float) -> list[tuple[float, float, str, float]]:
-        """Planned windows that start before `end`: (start_ms, end_ms, service, gpu_pct)."""
-        ahead, cursor, cycle = [], self.cursor, self.cycle_ms
-        while (start := cycle + self.windows[cursor].start_ms) < end - EPSILON_MS:
-            window = self.windows[cursor]
-            ahead.append((start, cycle + window.end_ms, window.service, window.gpu_pct))
-            cursor += 1
-            if cursor == len(self.windows):
-                cursor, cycle = 0, cycle + self.period_ms
-        return ahead
-
-    def _batch(self, service: ServiceView, now: float) -> int:
+    def _batch(self, service: ServiceView, now: float, share: float) -> int:
         """All that waits up to the planned batch; more of it if the oldest request is still in time."""
-        point = self.point[service.name]
-        batch = service.queued(point.batch)
-        if batch == point.batch:
+        planned = self.point[service.name].batch
+        batch = service.queued(planned)
+        if batch == planned:
             batch = service.queued(service.batch_max)
             limit = service.oldest_deadline_ms - now
-            while batch > point.batch and service.service_ms(batch, point.gpu_pct) > limit:
+            while batch > planned and service.service_ms(batch, share) > limit:
                 batch -= 1
         return batch
 
-    def _launch(self, service: ServiceView, batch: int, now: float, note: str, launches: list[Launch]) -> None:
-        share = self.point[service.name].gpu_pct
+    def _launch(self, service: ServiceView, batch: int, share: float, now: float, note: str, launches: list[Launch]) -> None:
         self.scores.add(now, service.name, share * service.service_ms(batch, share))
         launches.append(Launch(service.name, share, batch, note))
 
-    def _advance(self) -> None:
-        self.cursor += 1
-        if self.cursor == len(self.windows):
-            self.cursor, self.cycle_ms = 0, self.cycle_ms + self.period_ms
-        self.next_ms = self.cycle_ms + self.windows[self.cursor].start_ms
+
+def _sum(launches: list[Launch]) -> float:
+    return sum([launch.gpu_pct for launch in launches])
+
+
+def _ladders(plan: Plan, period: PeriodPlan) -> dict[str, tuple[float, ...]]:
+    """Shares of each service, largest first: the plan's, that of its windows, and one between."""
+    ladders = {}
+    for wanted, placed in zip(plan.allocations, period.allocations, strict=True):
+        between = [s for s in plan.shares if placed.gpu_pct < s < wanted.gpu_pct]
+        middle = between[len(between) // 2 :][:1]
+        ladders[placed.service] = tuple(sorted({wanted.gpu_pct, *middle, placed.gpu_pct}, reverse=True))
+    return ladders

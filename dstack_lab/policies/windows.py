@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
@@ -12,8 +13,8 @@ from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, Servi
 HEADROOMS = (1.5, 1.3, 1.15, 1.0)
 #: Parts of the load that a plan which rejects the rest may be sized for.
 PARTS = (0.85, 0.7, 0.5, 0.3, 0.1)
-#: Sets of operating points tried before a plan counts as infeasible, and most windows of a service in a period.
-ATTEMPTS, MOST_WINDOWS = 400, 24
+#: Neighbours of the plan's operating points that are tried, and most windows of a service in a period.
+ATTEMPTS, MOST_WINDOWS = 60, 24
 EPSILON_MS = 1e-6
 
 
@@ -68,27 +69,57 @@ def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
         options = [
             _options(period, *r, plan.shares, headroom) for r in zip(plan.services, plan.allocations, plan.tables, strict=True)
         ]
-        if not all(options):
-            continue
-        start = (0,) * len(options)
-        frontier, seen = [(0.0, start)], {start}
-        for _ in range(ATTEMPTS):
-            if not frontier:
-                break
-            _, at = heappop(frontier)
-            chosen = [ranked[i] for ranked, i in zip(options, at, strict=True)]
+        for chosen in _candidates(options) if all(options) else ():
             if (windows := _place(period, plan.services, chosen)) is not None:
                 return PeriodPlan(period, _chain(period, windows), tuple(option.point for option in chosen))
-            for k, ranked in enumerate(options):
-                following = (*at[:k], at[k] + 1, *at[k + 1 :])
-                if following[k] < len(ranked) and following not in seen:
-                    seen.add(following)
-                    heappush(frontier, (sum(r[i].reserved for r, i in zip(options, following, strict=True)), following))
     asks = ", ".join(
         f"{a.service} {a.gpu_pct:g} % for {a.service_ms:.1f} ms at {a.rate_rps:g}/s within {s.slo_ms:g} ms"
         for a, s in zip(plan.allocations, plan.services, strict=True)
     )
     raise InfeasiblePlan(f"no period of {period:g} ms holds every service's windows: {asks}; lower a rate or relax an SLO")
+
+
+def _candidates(options: list[list[_Option]]) -> Iterator[list[_Option]]:
+    """Sets of operating points worth placing: the plan's own, then its neighbours by GPU time reserved, then lanes."""
+    start = (0,) * len(options)
+    frontier, seen = [(0.0, start)], {start}
+    for _ in range(ATTEMPTS):
+        if not frontier:
+            break
+        _, at = heappop(frontier)
+        yield [ranked[i] for ranked, i in zip(options, at, strict=True)]
+        for k, ranked in enumerate(options):
+            following = (*at[:k], at[k] + 1, *at[k + 1 :])
+            if following[k] < len(ranked) and following not in seen:
+                seen.add(following)
+                heappush(frontier, (sum(r[i].reserved for r, i in zip(options, following, strict=True)), following))
+    if (lanes := _lanes(options)) is not None:
+        yield lanes
+
+
+def _lanes(options: list[list[_Option]]) -> list[_Option] | None:
+    """Shares that fit side by side all the time: the smallest that keep up, then more for the busiest; None if too much."""
+    by_share: list[list[_Option]] = []
+    for ranked in options:
+        best: dict[float, _Option] = {}
+        for option in ranked:
+            share = option.point.gpu_pct
+            if share not in best or option.reserved < best[share].reserved:
+                best[share] = option
+        by_share.append([best[share] for share in sorted(best)])
+    chosen = [0] * len(by_share)
+    left = 100 - sum(lane[0].point.gpu_pct for lane in by_share)
+    if left < -EPSILON_MS:
+        return None
+    while True:
+        steps = []
+        for k, (lane, i) in enumerate(zip(by_share, chosen, strict=True)):
+            if i + 1 < len(lane) and (more := lane[i + 1].point.gpu_pct - lane[i].point.gpu_pct) <= left + EPSILON_MS:
+                steps.append((-lane[i].reserved / lane[i].point.gpu_pct, k, more))  # the part of the time a lane is busy
+        if not steps:
+            return [lane[i] for lane, i in zip(by_share, chosen, strict=True)]
+        _, k, more = min(steps)
+        chosen[k], left = chosen[k] + 1, left - more
 
 
 def _chain(period: float, windows: list[Window]) -> tuple[Window, ...]:
