@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from dstack_lab.checks import count, percent, positive, require
 from dstack_lab.figures import style
@@ -207,8 +206,8 @@ def batches(
     require(1 <= len(chosen) <= len(style.DASHES), "shares", chosen, f"1 to {len(style.DASHES)} of them")
     grid = np.geomspace(1, float(rows["batch"].max()), 40) if rows["batch"].max() > 1 else np.array([1.0])
     title = f"{model}: what a batch costs and buys"
-    made = make_subplots(rows=1, cols=2, horizontal_spacing=0.19)
-    made.update_layout(style.figure(title, str(profile.provenance), width=width, height=420, right=80).layout)
+    made = style.figure(title, str(profile.provenance), width=width, height=420, right=80)
+    made.set_subplots(rows=1, cols=2, horizontal_spacing=0.19)
     ticks = sorted({int(b) for b in rows["batch"]})
     ticks = [b for b in ticks if b & (b - 1) == 0] or ticks[:8]
     made.update_xaxes(style.axis("Batch [requests]", type="log", tickvals=ticks))
@@ -227,11 +226,11 @@ def batches(
     made.update_yaxes(style.log_axis("Service time [ms]", 0.8 * min(fastest, (limit or fastest) / 2), 1.3 * slowest), col=1)
     _label_ends(made, chosen, latest, rates)
     if limit is not None:
-        for at_ms, words, dash in ((limit, "SLO", "dash"), (limit / 2, "half the SLO", "dot")):
+        for at_ms, words, dash in ((limit, "SLO", "dash"), (limit / 2, "half", "dot")):
             made.add_hline(at_ms, row=1, col=1, line={"color": style.GREY, "dash": dash, "width": 1.5})
             made.add_annotation(
                 style.note(
-                    f"{words}, {at_ms:g} ms", 0.01, float(np.log10(at_ms)), xref="x domain", xanchor="left", yanchor="bottom"
+                    f"{words} {at_ms:g} ms", 0.01, float(np.log10(at_ms)), xref="x domain", xanchor="left", yanchor="bottom"
                 )
             )
     return made

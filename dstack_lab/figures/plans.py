@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from dstack_lab.figures import style
 from dstack_lab.services import Plan
@@ -28,37 +27,35 @@ def plan(plan: Plan, *, width: int = style.WIDTH) -> go.Figure:
     rows = plan.to_frame()
     demand = np.array([a.rate_rps * a.area_pct_ms / 1000 for a in plan.allocations])
     ends = np.cumsum(demand)
-    made = make_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.05, column_widths=[0.36, 0.24, 0.4])
     left = 26 + 8 * int(rows["service"].str.len().max())
     title = f"Operating points ({plan.objective}), {plan.demand_pct:.1f} GPU% of demand"
-    made.update_layout(style.figure(title, str(plan.provenance), width=width, height=190 + 44 * len(rows), left=left).layout)
+    made = style.figure(title, str(plan.provenance), width=width, height=190 + 44 * len(rows), left=left)
+    made.set_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.05, column_widths=[0.34, 0.28, 0.38])
     y = np.arange(len(rows))
     made.update_yaxes(
         style.axis(None, tickvals=y.tolist(), ticktext=[style.plain(s) for s in rows["service"]], showgrid=False),
         range=[len(rows) - 0.4, -0.6],
     )
-    made.update_xaxes(style.axis("Share [GPU%], ❘ knee", range=[0, 118], tickvals=[0, 20, 40, 60, 80, 100]), col=1)
-    made.update_xaxes(style.axis("Batch [requests]", range=[0, 1.35 * rows["batch"].max()]), col=2)
+    made.update_xaxes(style.axis("Share [GPU%], ❘ knee", range=[0, 105], dtick=20), col=1)
+    made.update_xaxes(style.axis("Batch [requests]", range=[0, 2 * rows["batch"].max()]), col=2)
     made.update_xaxes(style.axis("Demand [GPU%]", range=[0, 1.12 * max(100.0, float(ends[-1]))]), col=3)
     colors = [cue.color for cue in style.cues(rows["service"]).values()]
-    base = {
-        "orientation": "h",
-        "y": y,
-        "width": 0.6,
-        "textposition": "outside",
-        "cliponaxis": False,
-        "textfont_color": style.GREY,
-    }
+    text = {"outsidetextfont_color": style.GREY, "insidetextanchor": "start", "cliponaxis": False}
+    base = {"orientation": "h", "y": y, "width": 0.6, **text}
     pen = {"color": colors, "line": {"width": 1, "color": style.GREY}}
-    times = [f"{g:g} %, {ms:g} ms" for g, ms in zip(rows["gpu_pct"], rows["service_ms"], strict=True)]
+    times = [f"{b} in {ms:.4g} ms" for b, ms in zip(rows["batch"], rows["service_ms"], strict=True)]
     bars = (
-        ("Share", rows["gpu_pct"].to_numpy(), None, times),
-        ("Batch", rows["batch"].to_numpy(), None, [str(b) for b in rows["batch"]]),
-        ("Demand", demand, ends - demand, [f"{d:.1f}" for d in demand]),
+        ("Share", rows["gpu_pct"].to_numpy(), None, [f"{g:g}" for g in rows["gpu_pct"]], "auto"),
+        ("Batch", rows["batch"].to_numpy(), None, times, "outside"),
+        ("Demand", demand, ends - demand, [f"{d:.1f}" for d in demand], "outside"),
     )
-    for column, (name, x, start, text) in enumerate(bars, start=1):
+    for column, (name, x, start, words, where) in enumerate(bars, start=1):
         hover = f"{name}: %{{x:.4~g}}<extra></extra>"
-        made.add_trace(go.Bar(**base, name=name, x=x, base=start, text=text, marker=pen, hovertemplate=hover), row=1, col=column)
+        made.add_trace(
+            go.Bar(**base, name=name, x=x, base=start, text=words, textposition=where, marker=pen, hovertemplate=hover),
+            row=1,
+            col=column,
+        )
     made.add_trace(
         go.Scatter(
             x=rows["knee_pct"].to_numpy(),

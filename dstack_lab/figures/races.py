@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from dstack_lab.checks import positive, require
 from dstack_lab.figures import style
@@ -88,13 +87,13 @@ def comparison(
     """
     means, policies, services, runs = gather(table)
     limit = None if bound_rps is None else positive("bound_rps", bound_rps)
-    made = make_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.05)
     origin = origin_of(table, provenance, policies, runs)
     left = 26 + 8 * max(map(len, policies))
-    look = style.figure("Policies side by side", origin, width=width, height=220 + 40 * len(policies), left=left).layout
-    made.update_layout(look, barmode="stack", showlegend=True)
+    made = style.figure("Policies side by side", origin, width=width, height=220 + 40 * len(policies), left=left)
+    made.set_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.05)
+    made.update_layout(barmode="stack", showlegend=True)
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12}})
-    made.update_layout(margin_t=look.margin.t + 30, margin_b=70)
+    made.update_layout(margin_t=made.layout.margin.t + 30, margin_b=70)
     places = {policy: i for i, policy in enumerate(policies)}
     made.update_yaxes(
         style.axis(None, tickvals=list(places.values()), ticktext=[style.plain(p) for p in policies], showgrid=False),
@@ -105,7 +104,7 @@ def comparison(
     least = attained_from(means)
     made.update_xaxes(range=[least - 0.03 * (1 - least), 1 + 0.03 * (1 - least)], col=2)
     low, high = spans(means)
-    made.update_xaxes(style.log_axis(METRICS["p99_ms"], low, high) if low else {"range": [0, high]}, col=3)
+    made.update_xaxes(style.log_axis(METRICS["p99_ms"], low, high, most=4) if low else {"range": [0, high]}, col=3)
     for name, cue in style.cues(services).items():
         mine = means.xs(name, level="service").reindex(policies)
         y = np.arange(len(policies))

@@ -229,7 +229,7 @@ def static_comparison(
     means, policies, services, runs = gather(table)
     origin = origin_of(table, provenance, policies, runs)
     y = np.arange(len(policies))
-    with _sheet(path, "Policies side by side", origin, 3, 1.9 + 0.42 * len(policies), share_y=True) as (sheet, axes):
+    with _sheet(path, "Policies side by side\n", origin, 3, 2.1 + 0.42 * len(policies), share_y=True) as (_, axes):
         left = np.zeros(len(policies))
         for i, (name, cue) in enumerate(style.cues(services).items()):
             mine = means.xs(name, level="service").reindex(policies)
@@ -248,7 +248,7 @@ def static_comparison(
         axes[1].set_xlim(least - 0.03 * (1 - least), 1 + 0.03 * (1 - least))
         low, high = spans(means)
         if low:
-            ticks = style.log_ticks(low, high)
+            ticks = style.log_ticks(low, high, most=4)
             axes[2].set_xscale("log")
             axes[2].set_xticks(ticks, [f"{t:,g}" for t in ticks])
             axes[2].minorticks_off()
@@ -257,5 +257,6 @@ def static_comparison(
             axes[0].axvline(bound_rps, color=style.GREY, linestyle="--")
             axes[0].set_xlabel(f"{METRICS['goodput_rps']}\n┆ bound {bound_rps:,.4g}")
         handles, words = axes[1].get_legend_handles_labels()
-        sheet.legend(handles, words, loc="outside upper left", ncols=6, fontsize=9, handletextpad=0.2)
+        look = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 8, "fontsize": 9, "borderaxespad": 0.2}
+        axes[0].legend(handles, words, handletextpad=0.2, **look).set_in_layout(False)  # it spans all three
     return Path(path)

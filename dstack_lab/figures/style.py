@@ -119,8 +119,8 @@ def figure(
         If the width is below 300 px.
     """
     width = count("width", width, 300)
-    lines = textwrap.wrap(origin, max(40, width // 6)) or [""]
-    heads = textwrap.wrap(title, max(30, width // 9))
+    lines = textwrap.wrap(origin, max(30, int((width - left - 20) / 6.7))) or [""]
+    heads = textwrap.wrap(title, max(20, (width - left - 150) // 9))
     top = 52 + 22 * len(heads) + 15 * len(lines)
     return go.Figure(
         layout={
@@ -158,18 +158,22 @@ def axis(title: str | None, **more: Any) -> dict[str, Any]:
     return {**look, **({"title": {"text": title, "standoff": 8}} if title else {}), **more}
 
 
-def log_axis(title: str, low: float, high: float, **more: Any) -> dict[str, Any]:
+def log_axis(title: str, low: float, high: float, most: int = 9) -> dict[str, Any]:
     """Logarithmic axis from `low` to `high` with ticks in full: plotly writes 20 as a small 2."""
-    ticks = log_ticks(low, high)
+    ticks = log_ticks(low, high, most)
     span = [float(np.log10(low)), float(np.log10(high))]
-    return axis(title, type="log", range=span, tickvals=ticks, ticktext=[f"{t:,g}" for t in ticks], **more)
+    return axis(title, type="log", range=span, tickvals=ticks, ticktext=[f"{t:,g}" for t in ticks], tickangle=0)
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2, 5, 10, or only powers of ten where there would be too many."""
+def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """Round numbers from `low` to `high`: 1, 2, 5, 10, or fewer of them where there would be more than `most`."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    digits = (1, 2, 5) if len(decades) < 6 else (1,)
-    return [t for d in decades for m in digits if low <= (t := m * 10.0**d) <= high]
+    ticks: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [t for d in decades for m in digits if low <= (t := m * 10.0**d) <= high]
+        if len(ticks) <= most:
+            break
+    return ticks
 
 
 def note(text: str, x: float, y: float, **more: Any) -> dict[str, Any]:

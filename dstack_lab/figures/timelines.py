@@ -101,7 +101,7 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12}},
         uniformtext={"minsize": 10, "mode": "hide"},
         xaxis=style.axis("Time [ms]", range=[view.start_ms, view.end_ms]),
-        yaxis=style.axis("Share held [GPU%]", range=[0, max(100.0, 1.02 * top)], **({} if top > 105 else {"dtick": 20})),
+        yaxis=style.axis("Share held [GPU%]", range=[0, max(100.0, 1.02 * top)], dtick=20 if top <= 105 else 50),
     )
     made.update_layout(margin_t=made.layout.margin.t + 14)
     for name, cue in style.cues(trace.services["service"]).items():
@@ -139,17 +139,8 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
         made.add_trace(go.Bar(name=LATE_WORDS, x=[None], y=[None], marker={**hatch, "pattern": pattern}, hoverinfo="skip"))
     if top > 100.5:
         made.add_hline(100, line={"color": style.GREY, "width": 2, "dash": "dash"})
-        made.add_annotation(
-            style.note(
-                "oversubscribed above 100",
-                1,
-                100,
-                xref="paper",
-                xanchor="right",
-                yanchor="bottom",
-                bgcolor="rgba(127,127,127,.2)",
-            )
-        )
+        words = "┅ 100 GPU%: oversubscribed above"
+        made.add_annotation(style.note(words, 1, 1, xref="paper", yref="paper", xanchor="right", yanchor="bottom", yshift=6))
     return made
 
 
