@@ -105,7 +105,7 @@ class GpuModel:
         spread = self._correction.spread(b.ravel(), g.ravel()).reshape(b.shape)
         # few points say little about their own spread, which Student's t makes up for
         wide = student_t.ppf((1 + level) / 2, max(3, len(self._correction.at) // 2))
-        half = wide * np.hypot(spread, self._correction.sizes[3])
+        half = wide * np.hypot(spread, self._correction.noise)
         middle = self._log(b, g)
         low, high = np.exp(middle - half), np.exp(middle + half)
         return (float(low), float(high)) if low.ndim == 0 else (low, high)
@@ -164,7 +164,7 @@ class GpuModel:
         draws = np.random.default_rng(0).standard_normal((_SAMPLES, len(grid)))
         logs = self._log(b, grid) + draws @ (vectors * np.sqrt(np.maximum(values, 0))).T
         # waves of thread blocks make real curves as rough from share to share as the noise found
-        logs += min(_ROUGH * self._correction.sizes[3], _ROUGHEST) * np.random.default_rng(1).standard_normal(logs.shape)
+        logs += min(_ROUGH * self._correction.noise, _ROUGHEST) * np.random.default_rng(1).standard_normal(logs.shape)
         return np.exp(np.minimum.accumulate(logs, axis=1))
 
     def _log(self, batch: Floats, gpu_pct: Floats) -> Floats:

@@ -93,4 +93,7 @@ def jain(shares: ArrayLike) -> float:
     """
     x = np.asarray(list(shares) if isinstance(shares, Iterable) else shares, dtype=float)
     require(x.ndim == 1 and x.size > 0 and bool((x >= 0).all()), "shares", x.tolist(), "1 or more numbers, each 0 or more")
-    return float(x.sum() ** 2 / (x.size * (x**2).sum())) if x.any() else 1.0
+    if not x.any():
+        return 1.0
+    x = x / x.max()  # squares of very small or large shares would leave the range of a float
+    return float(x.sum() ** 2 / (x.size * (x**2).sum()))

@@ -114,7 +114,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     source = Path(path)
     require(source.is_file(), "trace", str(path), "an existing .npz file")
     try:
-        with np.load(source, allow_pickle=False) as data:
+        with open(source, "rb") as whole, np.load(whole, allow_pickle=False) as data:  # numpy leaves a damaged file open
             head = json.loads(str(data["head"]))
             require(head.get("format") == "dstack_lab trace 1", "format", head.get("format"), "'dstack_lab trace 1'")
             tables: dict[str, dict[str, Any]] = {name: {} for name in _TABLES}
