@@ -17,7 +17,17 @@ from dstack_lab.figures import style
 from dstack_lab.figures.curves import curves
 from dstack_lab.figures.races import METRICS, attained_from, gather, origin_of, spans
 from dstack_lab.figures.space import Window, raster, visible, window
-from dstack_lab.figures.timelines import COLUMNS, EXACT, LATE_WORDS, bar_labels, dense_words, late_bins, rectangles, titles
+from dstack_lab.figures.timelines import (
+    COLUMNS,
+    EXACT,
+    LATE_WORDS,
+    bar_labels,
+    dense_words,
+    late_bins,
+    rectangles,
+    strength,
+    titles,
+)
 from dstack_lab.files import whole_file
 from dstack_lab.profiles import Profile
 from dstack_lab.provenance import Provenance
@@ -171,7 +181,7 @@ def _draw_raster(axes: Any, held: Any, names: list[str], launches: pd.DataFrame,
     for i, (name, cue) in enumerate(style.cues(names).items()):
         rgba = np.empty((1, held.shape[1], 4))
         rgba[..., :3] = to_rgb(cue.color)
-        rgba[..., 3] = np.clip(held[i] / most, 0, 1)
+        rgba[..., 3] = strength(held[i] / most)
         axes.imshow(rgba, extent=(*span, i + 0.45, i - 0.45), aspect="auto", interpolation="nearest")
         bins = late_bins(launches[launches["service"] == name], view)
         axes.plot(bins, np.full(len(bins), i - 0.52), "v", color=style.GREY, markersize=3)

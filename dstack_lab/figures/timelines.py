@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -19,6 +21,9 @@ COLUMNS = 800
 
 #: Hatch of a launch that holds a late request, and its word in the legend.
 LATE, LATE_WORDS = "x", "holds late requests"
+#: Places on the colour scale of a raster, closer where the root bends.
+_STOPS = (0.0, 0.01, 0.04, 0.1, 0.25, 0.5, 1.0)
+_HATCH = {"size": 7, "solidity": 0.25, "fillmode": "overlay"}
 
 
 def timeline(
@@ -108,10 +113,13 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
         mine = pieces[pieces["service"] == name]
         if mine.empty:
             continue
+        _add_key(made, name, {"color": cue.color})
         late = mine["late"].to_numpy() > 0
         made.add_trace(
             go.Bar(
                 name=style.plain(name),
+                legendgroup=name,
+                showlegend=False,
                 orientation="h",
                 base=mine["from_ms"].to_numpy(),
                 x=(mine["till_ms"] - mine["from_ms"]).to_numpy(),
@@ -123,7 +131,7 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
                 marker={
                     "color": cue.color,
                     "line": {"width": 1, "color": style.GREY},
-                    "pattern": {"shape": np.where(late, LATE, "").tolist() if late.any() else "", "size": 7, "solidity": 0.25},
+                    "pattern": {"shape": np.where(late, LATE, "").tolist() if late.any() else "", **_HATCH},
                 },
                 customdata=mine[["start_ms", "end_ms", "gpu_pct", "batch", "late"]].to_numpy(dtype=float),
                 hovertext=[_said(row) for row in mine["note"]] if (mine["note"].astype(str) != "").any() else None,
@@ -134,14 +142,18 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
             )
         )
     if (pieces["late"] > 0).any():
-        hatch = {"color": "rgba(0,0,0,0)", "line": {"width": 1, "color": style.GREY}}
-        pattern = {"shape": LATE, "size": 7, "solidity": 0.25, "fgcolor": style.GREY}
-        made.add_trace(go.Bar(name=LATE_WORDS, x=[None], y=[None], marker={**hatch, "pattern": pattern}, hoverinfo="skip"))
+        _add_key(made, LATE_WORDS, {"color": "rgba(0,0,0,0)", "pattern": {"shape": LATE, "fgcolor": style.GREY, **_HATCH}})
     if top > 100.5:
         made.add_hline(100, line={"color": style.GREY, "width": 2, "dash": "dash"})
         words = "┅ 100 GPU%: oversubscribed above"
         made.add_annotation(style.note(words, 1, 1, xref="paper", yref="paper", xanchor="right", yanchor="bottom", yshift=6))
     return made
+
+
+def _add_key(made: go.Figure, name: str, marker: dict[str, Any]) -> None:
+    """Add an entry to the legend by itself: a trace's own entry would copy the hatch of its first bar."""
+    line = {"width": 1, "color": style.GREY}
+    made.add_trace(go.Bar(name=style.plain(name), legendgroup=name, x=[None], y=[None], marker={**marker, "line": line}))
 
 
 def _raster(trace: Trace, view: Window, launches: pd.DataFrame, title: str, origin: str, width: int) -> go.Figure:
@@ -175,7 +187,7 @@ def _raster(trace: Trace, view: Window, launches: pd.DataFrame, title: str, orig
                 dy=1,
                 zmin=0,
                 zmax=most,
-                colorscale=[[0, _clear(cue.color)], [1, cue.color]],
+                colorscale=[[part, _faded(cue.color, strength(part))] for part in _STOPS],
                 showscale=False,
                 hovertemplate=f"<b>{style.plain(name)}</b> held %{{z:.1f}} GPU%<br>around %{{x:.2f}} ms<extra></extra>",
             )
@@ -205,10 +217,14 @@ def late_bins(mine: pd.DataFrame, view: Window, bins: int = 120) -> np.ndarray:
     return np.asarray(view.start_ms + (slot + 0.5) * step)
 
 
-def _clear(color: str) -> str:
-    """Return the colour at full transparency: fades into light and dark alike."""
+def strength(part: Any) -> Any:
+    """Opacity of a part of the largest share: its root, so that small shares are seen on light and dark alike."""
+    return np.sqrt(np.clip(part, 0, 1))
+
+
+def _faded(color: str, alpha: float) -> str:
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0)"
+    return f"rgba({red},{green},{blue},{alpha:.3f})"
 
 
 def dense_words(origin: str, launches: pd.DataFrame, slice_ms: float) -> str:
@@ -221,6 +237,7 @@ def bar_labels(mine: pd.DataFrame, name: str, view: Window, most: int = 8) -> li
     """Write the name on the largest bar of each eighth of the window: enough to tell services apart without colour."""
     part = ((mine["from_ms"] - view.start_ms) / (view.end_ms - view.start_ms) * most).astype(np.int64)
     room = (mine["till_ms"] - mine["from_ms"]) * (mine["high_pct"] - mine["low_pct"])
+    room = room.where(mine["late"] == 0, room / 1000)  # words are hard to read on a hatch
     chosen = set(room.groupby(part).idxmax())
     return [name if i in chosen else "" for i in mine.index]
 
