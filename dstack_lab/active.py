@@ -101,13 +101,14 @@ def choose_points(
         For an argument out of range, a measurement that is not a time, or fewer than 2 points that
         could be measured.
     """
-    offered = sorted({count("batch", b) for b in batches}), sorted({percent("gpu_pct", g) for g in shares})
-    for name, values in zip(("batches", "shares"), offered, strict=True):
-        require(len(values) > 0, name, list(values), "one or more")
+    batch_list = sorted({count("batch", b) for b in batches})
+    require(len(batch_list) > 0, "batches", batch_list, "one or more")
+    share_list = sorted({percent("gpu_pct", g) for g in shares})
+    require(len(share_list) > 0, "shares", share_list, "one or more")
     count("budget", budget, least=2)
     if slo_ms is not None:
         positive("slo_ms", slo_ms)
-    all_batches, all_shares = np.array(offered[0], dtype=np.float64), np.array(offered[1])
+    all_batches, all_shares = np.array(batch_list, dtype=np.float64), np.array(share_list)
     few = _spaced(all_batches, _MOST_BATCHES), _spaced(all_shares, _MOST_SHARES)
     grid = few if budget < all_batches.size * all_shares.size else (all_batches, all_shares)
     b, g = (a.ravel() for a in np.meshgrid(*grid, indexing="ij"))
@@ -128,7 +129,7 @@ def choose_points(
             look(int(np.flatnonzero(left)[0]), "start")
             continue
         model = _fitted(good, prior)
-        point = _operating_point(model, *grid, slo_ms)
+        point = _operating_point(model, grid[0], grid[1], slo_ms)
         at_point = left & (b == point[0]) & (g == point[1]) if point else np.zeros_like(left)
         if at_point.any() and budget - len(rows) <= _LAST:
             look(int(np.flatnonzero(at_point)[0]), "operating point")
@@ -141,7 +142,7 @@ def choose_points(
     table = pd.DataFrame(rows, columns=["batch", "gpu_pct", "service_ms", "reason"])
     low, high = model.band(b, g)
     point = _operating_point(model, all_batches, all_shares, slo_ms)
-    return Choice(table, model, _knees(model, offered[0], all_shares), point, float(np.median(np.sqrt(high / low) - 1)))
+    return Choice(table, model, _knees(model, batch_list, all_shares), point, float(np.median(np.sqrt(high / low) - 1)))
 
 
 def _start(b: Floats, g: Floats, most: int) -> list[int]:
