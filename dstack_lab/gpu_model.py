@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 
 from dstack_lab import knees
+from dstack_lab.brackets import bracket
 from dstack_lab.checks import require
 from dstack_lab.knees import Knee
 from dstack_lab.kriging import Correction, correct
@@ -29,6 +30,7 @@ _SAMPLES = 256
 
 #: Half of the noise, up to 1.5 %, is the curve's own roughness and not the clock's; knee intervals allow for it.
 _ROUGH, _ROUGHEST = 0.5, 0.015
+CB, CK = 1.0, 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +107,8 @@ class GpuModel:
         spread = self._correction.spread(b.ravel(), g.ravel()).reshape(b.shape)
         # few points say little about their own spread, which Student's t makes up for
         wide = student_t.ppf((1 + level) / 2, max(3, len(self._correction.at) // 2))
-        half = wide * np.hypot(spread, self._correction.noise)
+        below, above = self.room(b, g)
+        half = wide * np.sqrt(spread**2 + self._correction.noise**2 + (CB * (below + above)) ** 2 / 12)
         middle = self._log(b, g)
         low, high = np.exp(middle - half), np.exp(middle + half)
         return (float(low), float(high)) if low.ndim == 0 else (low, high)
@@ -157,6 +160,20 @@ class GpuModel:
         low, high = np.quantile(others, [(1 - level) / 2, (1 + level) / 2], method="closest_observation")
         return Knee(pct, min(pct, float(low)), max(pct, float(high)), rule, kind)
 
+    def room(self, batch: Floats, gpu_pct: Floats) -> tuple[Floats, Floats]:
+        """Room that the shares measured at the nearest batch leave below and above `predict` [log units]."""
+        measured = self._correction.at
+        nearest = np.abs(np.log(batch)[..., None] - np.unique(measured[:, 0])).argmin(axis=-1)
+        below, above = np.zeros(batch.shape), np.zeros(batch.shape)
+        for k, level in enumerate(np.unique(measured[:, 0])):
+            shares = np.clip(np.sort(self._correction.shares_pct[measured[:, 0] == level]), 1, 100)
+            for b in np.unique(batch[nearest == k]):
+                here = batch == b
+                low, high = bracket(shares, np.asarray(self.predict(b, shares)), gpu_pct[here])
+                middle = self._log(batch[here], gpu_pct[here])
+                below[here], above[here] = np.maximum(middle - np.log(low), 0), np.maximum(np.log(high) - middle, 0)
+        return below, above
+
     def _curves(self, batch: float, grid: Floats) -> Floats:
         """Curves [ms] over `grid` that the points do not rule out: (samples, n), each monotone."""
         b = np.full_like(grid, batch)
@@ -165,6 +182,9 @@ class GpuModel:
         logs = self._log(b, grid) + draws @ (vectors * np.sqrt(np.maximum(values, 0))).T
         # waves of thread blocks make real curves as rough from share to share as the noise found
         logs += min(_ROUGH * self._correction.noise, _ROUGHEST) * np.random.default_rng(1).standard_normal(logs.shape)
+        side = CK * np.random.default_rng(2).uniform(-1, 1, (_SAMPLES, 1))
+        below, above = self.room(b, grid)
+        logs += np.where(side > 0, side * above, side * below)
         return np.exp(np.minimum.accumulate(logs, axis=1))
 
     def _log(self, batch: Floats, gpu_pct: Floats) -> Floats:
@@ -185,7 +205,7 @@ class GpuModel:
     def _grid(self, shares: ArrayLike | None) -> Floats:
         if shares is not None:
             return np.asarray(shares, dtype=np.float64)
-        least = float(self._correction.least_pct)
+        least = float(self._correction.shares_pct.min())
         return np.arange(max(5.0, 5 * np.floor(least / 5)), 101.0, 5.0)
 
 

@@ -70,9 +70,9 @@ class Correction:
         return max(self.sizes[3], _UNPROVEN / float(np.sqrt(len(self.at))))
 
     @property
-    def least_pct(self) -> float:
-        """Smallest measured share [GPU%]."""
-        return float(_MIDDLE_PCT * np.exp(self.at[:, 1].min()) * (1 + 1e-12))
+    def shares_pct(self) -> Floats:
+        """Share of each measured point [GPU%]."""
+        return np.round(_MIDDLE_PCT * np.exp(self.at[:, 1]), 9)
 
     def mean(self, batch: Floats, gpu_pct: Floats) -> Floats:
         """Give the expected log residual at points of one flat shape; beyond the measured range that of its edge."""

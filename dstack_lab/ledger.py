@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dstack_lab.provenance import Provenance
 from dstack_lab.services import Plan
-from dstack_lab.state import NEVER_NS, NS_PER_MS, Drop, GpuState, Launch, ServiceView
+from dstack_lab.state import INFINITE, NEVER_NS, NS_PER_MS, Drop, GpuState, Launch, ServiceView
 from dstack_lab.traces import EVENTS, OUTCOMES, Trace
 
 #: Room for the rounding of shares such as 33.33 three times.
@@ -59,13 +59,13 @@ class Ledger:
     ) -> None:
         self.factors = factors
         self.plan = plan
-        self.arrivals_ns = [np.rint(times * NS_PER_MS).astype(np.int64) for times in arrivals_ms]
+        self.arrivals_ns: list[NDArray[np.int64]] = []
         views = []
-        for index, (service, allocation, table, times) in enumerate(
-            zip(plan.services, plan.allocations, plan.tables, self.arrivals_ns, strict=True)
-        ):
-            queue: array[int] = array("q", times.tobytes())
+        asked = zip(plan.services, plan.allocations, plan.tables, arrivals_ms, strict=True)
+        for index, (service, allocation, table, times) in enumerate(asked):
+            queue: array[int] = array("q", np.rint(times * NS_PER_MS).astype(np.int64).tobytes())
             queue.extend([NEVER_NS] * (table.batch_max + 1))
+            self.arrivals_ns.append(np.frombuffer(queue, dtype=np.int64)[: times.size])  # the same memory
             views.append(ServiceView(index, service, allocation, table, queue))
         self.state = GpuState(tuple(views))
         self.oversubscribe = oversubscribe
@@ -88,11 +88,14 @@ class Ledger:
         if first != NEVER_NS and first + view.wait_ns < at:
             at = first + view.wait_ns
         view._ready_ns = at
-        view.ready = at <= self.state.now_ns
-        return -1 if view.ready or at == NEVER_NS else at
+        if at <= self.state.now_ns:
+            view.ready, view.due_ms = True, (first + view.slo_ns) / NS_PER_MS
+            return -1
+        view.ready, view.due_ms = False, INFINITE
+        return -1 if at == NEVER_NS else at
 
-    def launch(self, decision: Launch) -> tuple[int, int]:
-        """Start a batch now; return its number and its end [ns], which policies do not see if it is not as predicted.
+    def launch(self, decision: Launch) -> tuple[ServiceView, int, int]:
+        """Start a batch now; return its view, its number and its end [ns], which policies do not see if not as predicted.
 
         Raises
         ------
@@ -126,7 +129,7 @@ class Ledger:
         view._head = head + batch
         view.in_flight += 1
         self.waiting_total -= batch
-        return number, end
+        return view, number, end
 
     def drop(self, decision: Drop) -> ServiceView:
         """Give up the oldest requests of a service; return its view.
@@ -220,32 +223,40 @@ class Ledger:
                 "note": _coded(log[:, 6].astype(np.int64), self._notes),
             }
         )
-        parts = [self._requests(index, number[which == index], log[which == index]) for index in range(len(names))]
-        code = np.repeat(np.arange(len(names), dtype=np.int8), [p["arrival_ms"].size for p in parts])
-        columns: dict[str, Any] = {"service": _coded(code, names)}
-        for column in ("arrival_ms", "start_ms", "finish_ms", "launch", "outcome"):
-            columns[column] = np.concatenate([p.pop(column) for p in parts])
-        columns["outcome"] = _coded(columns["outcome"], OUTCOMES)
-        requests = pd.DataFrame(columns, copy=False)
+        requests = self._requests(number, log)
         events = pd.DataFrame(self.events, columns=list(EVENTS))
         return Trace(services, requests, launches, duration_ms, policy, seed, provenance, events)
 
-    def _requests(self, index: int, number: NDArray[np.int64], log: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
-        """Spread the launches of one service over its requests; a launch holds a range of them."""
-        arrival = self.arrivals_ns[index]
-        launch = np.full(arrival.size, -1, dtype=np.int32)
-        outcome = np.full(arrival.size, OUTCOMES.index("unserved"), dtype=np.int8)
-        start, finish = np.full(arrival.size, np.nan), np.full(arrival.size, np.nan)
-        head, batch = log[:, 1].astype(np.int64), log[:, 2].astype(np.int64)
-        rows = np.repeat(head + batch - np.cumsum(batch), batch) + np.arange(int(batch.sum()))
-        launch[rows] = np.repeat(number, batch)
-        outcome[rows] = OUTCOMES.index("served")
-        start[rows] = np.repeat(log[:, 3] / NS_PER_MS, batch)
-        finish[rows] = np.repeat(log[:, END] / NS_PER_MS, batch)
-        for service, start_at, requests in self._dropped:
-            if service == index:
-                outcome[start_at : start_at + requests] = OUTCOMES.index("dropped")
-        return {"arrival_ms": arrival / NS_PER_MS, "start_ms": start, "finish_ms": finish, "launch": launch, "outcome": outcome}
+    def _requests(self, number: NDArray[np.int64], log: NDArray[np.float64]) -> pd.DataFrame:
+        """Spread the launches over their requests, service after service; a launch holds a range of them."""
+        sizes = [times.size for times in self.arrivals_ns]
+        total, names = sum(sizes), [s.name for s in self.plan.services]
+        arrival, start, finish = np.empty(total), np.full(total, np.nan), np.full(total, np.nan)
+        launch, outcome = np.full(total, -1, dtype=np.int32), np.full(total, OUTCOMES.index("unserved"), dtype=np.int8)
+        offset = np.concatenate(([0], np.cumsum(sizes)))
+        for index, times in enumerate(self.arrivals_ns):
+            arrival[offset[index] : offset[index + 1]] = times
+            mine = np.flatnonzero(log[:, 0] == index)
+            batch = log[mine, 2].astype(np.int64)
+            rows = np.repeat(offset[index] + log[mine, 1].astype(np.int64) + batch - np.cumsum(batch), batch)
+            rows += np.arange(rows.size)
+            launch[rows] = np.repeat(number[mine], batch)
+            outcome[rows] = OUTCOMES.index("served")
+            start[rows] = np.repeat(log[mine, 3], batch)
+            finish[rows] = np.repeat(log[mine, END], batch)
+        for index, first, requests in self._dropped:
+            outcome[offset[index] + first : offset[index] + first + requests] = OUTCOMES.index("dropped")
+        for times in (arrival, start, finish):
+            times /= NS_PER_MS
+        columns = {
+            "service": _coded(np.repeat(np.arange(len(names), dtype=np.int8), sizes), names),
+            "arrival_ms": arrival,
+            "start_ms": start,
+            "finish_ms": finish,
+            "launch": launch,
+            "outcome": _coded(outcome, OUTCOMES),
+        }
+        return pd.DataFrame(columns, copy=False)
 
     def _knees(self, which: NDArray[np.int64], batch: NDArray[np.int64]) -> NDArray[np.float64]:
         """Knee of each launch's batch [GPU%], computed once per service and batch."""

@@ -15,7 +15,7 @@ from dstack_lab.provenance import Provenance, versions_here
 from dstack_lab.services import Plan
 from dstack_lab.state import NEVER_NS, NS_PER_MS, Launch
 from dstack_lab.traces import Trace
-from dstack_lab.turns import END, RuleBroken, Turns
+from dstack_lab.turns import END, READY, RuleBroken, Turns
 from dstack_lab.variability import Variability
 
 #: After the last arrival, a run without any launch for this many of the longest SLO is over.
@@ -103,7 +103,7 @@ def _run(ledger: Ledger, policy: Policy, duration_ns: int) -> None:
 
     turns = Turns(ledger, policy, on_launch)
     heap, state, finish, happen, take = turns.heap, ledger.state, ledger.finish, turns.happen, turns.take
-    running = state._running
+    running, services, needs_pct = state._running, state.services, policy.needs_pct
     stall_ns = STALL_SLOS * max(view.slo_ns for view in state.services)
     while heap and (ledger.waiting_total or running):
         now, kind, key = heappop(heap)
@@ -115,6 +115,12 @@ def _run(ledger: Ledger, policy: Policy, duration_ns: int) -> None:
             if kind == END:
                 finish(key)
                 ask = True
+            elif kind == READY:  # as in `happen`, without the call: half of all events
+                view = services[key]
+                if not view.ready and view._ready_ns == now:
+                    view.ready, view.due_ms = True, view.oldest_deadline_ms
+                    if state.free_pct >= needs_pct:
+                        ask = True
             elif happen(now, kind, key):
                 ask = True
             if not heap or heap[0][0] != now:

@@ -15,6 +15,7 @@ from dstack_lab.services import Allocation, Service, ServiceTable
 NS_PER_MS = 1_000_000
 #: Later than any event: 292 years in nanoseconds.
 NEVER_NS = 2**63 - 1
+INFINITE = float("inf")
 
 
 class Launch(NamedTuple):
@@ -63,13 +64,16 @@ class ServiceView:
         Largest batch that has a known service time.
     ready : bool
         A batch is full, or the oldest request has waited the policy's limit.
+    due_ms : float
+        Deadline of the oldest request while `ready` [ms], else infinite: what earliest deadline
+        first sorts by.
     in_flight : int
         Launches of this service that have not ended.
     """
 
     __slots__ = (
         *("_arrivals", "_clock", "_head", "_ready_ns", "_service_ns", "_table"),
-        *("batch", "batch_max", "gpu_pct", "in_flight", "index", "name", "ready", "slo_ms", "slo_ns", "wait_ns"),
+        *("batch", "batch_max", "due_ms", "gpu_pct", "in_flight", "index", "name", "ready", "slo_ms", "slo_ns", "wait_ns"),
     )
 
     def __init__(self, index: int, service: Service, allocation: Allocation, table: ServiceTable, arrivals: array[int]) -> None:
@@ -80,6 +84,7 @@ class ServiceView:
         self.gpu_pct = allocation.gpu_pct
         self.batch = allocation.batch
         self.ready = False
+        self.due_ms = INFINITE
         self.in_flight = 0
         self.wait_ns = 0
         self.batch_max = table.batch_max
@@ -110,13 +115,13 @@ class ServiceView:
     def oldest_arrival_ms(self) -> float:
         """Arrival of the oldest waiting request [ms]; infinite if none waits."""
         ns = self._arrivals[self._head]
-        return ns / NS_PER_MS if ns <= self._clock.now_ns else float("inf")
+        return ns / NS_PER_MS if ns <= self._clock.now_ns else INFINITE
 
     @property
     def oldest_deadline_ms(self) -> float:
         """Deadline of the oldest waiting request [ms]; infinite if none waits."""
         ns = self._arrivals[self._head]
-        return (ns + self.slo_ns) / NS_PER_MS if ns <= self._clock.now_ns else float("inf")
+        return (ns + self.slo_ns) / NS_PER_MS if ns <= self._clock.now_ns else INFINITE
 
     def late(self, margin_ms: float = 0.0) -> int:
         """Return how many waiting requests have a deadline before now + `margin_ms`."""

@@ -45,6 +45,7 @@ class Turns:
         self.heap: list[tuple[int, int, int]] = []  # (time [ns], kind, launch or service)
         self.launched_ns = 0  # time of the last launch
         self._last_ns, self._turns = -1, 0
+        self._decide, self._launch, self._refresh = policy.decide, ledger.launch, ledger.refresh
         for view in self.state.services:
             self.expect(view)
             if policy.every_arrival:
@@ -62,7 +63,7 @@ class Turns:
             view = self.state.services[key]
             if view.ready or view._ready_ns > now:  # its queue has moved on since
                 return False
-            view.ready = True
+            view.ready, view.due_ms = True, view.oldest_deadline_ms
             return self.state.free_pct >= self.policy.needs_pct
         if kind == ARRIVAL:
             view = self.state.services[key]
@@ -78,27 +79,26 @@ class Turns:
         ------
         RuleBroken
         """
-        state, policy = self.state, self.policy
-        now = state.now_ns
+        state = self.state
         try:
-            decisions = policy.decide(state)
+            decisions = self._decide(state)
         except Exception as error:
-            raise RuleBroken(f"{policy.name} raised at {state.now_ms:.6f} ms: {error!r}") from error
+            raise RuleBroken(f"{self.policy.name} raised at {state.now_ms:.6f} ms: {error!r}") from error
         if not decisions:
             return
-        if now != self._last_ns:
-            self._last_ns, self._turns = now, 0
-        elif (turns := self._turns) < TURNS:
-            self._turns = turns + 1
+        now = state.now_ns
+        if now == self._last_ns:
+            self._turns += 1
+            if self._turns > TURNS:
+                raise self._broken(decisions[0], f"more than {TURNS} turns at one instant")
         else:
-            raise RuleBroken(f"{policy.name} at {state.now_ms:.6f} ms: {decisions[0]}: more than {TURNS} turns at one instant")
+            self._last_ns, self._turns = now, 0
         for decision in decisions:
             try:
                 if type(decision) is Launch:
-                    number, end = self.ledger.launch(decision)
+                    view, number, end = self._launch(decision)
                     self.launched_ns = now
                     self.on_launch(number, end, decision)
-                    view = state.by_name[decision[0]]
                 elif type(decision) is Wake:
                     at = round(decision.at_ms * NS_PER_MS)
                     if at < now:
@@ -110,6 +110,9 @@ class Turns:
                 else:
                     raise ValueError("a decision must be a Launch, Drop or Wake")
             except (ValueError, TypeError, OverflowError) as error:
-                raise RuleBroken(f"{policy.name} at {state.now_ms:.6f} ms: {decision}: {error}") from error
-            if (at := self.ledger.refresh(view)) >= 0:
+                raise self._broken(decision, error) from error
+            if (at := self._refresh(view)) >= 0:
                 heappush(self.heap, (at, READY, view.index))
+
+    def _broken(self, decision: object, why: object) -> RuleBroken:
+        return RuleBroken(f"{self.policy.name} at {self.state.now_ms:.6f} ms: {decision}: {why}")

@@ -107,7 +107,7 @@ class DStack(Policy):
         ready = [s for s in state.services if s.ready and not s.in_flight and s.name not in started]
         if len(ready) > 1:
             received = self.scores.received
-            ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.oldest_deadline_ms))
+            ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.due_ms))
         others = sum([self.point[s.name].gpu_pct for s in ready])
         free = state.free_pct - _sum(launches) - sum([w.gpu_pct for w in self.blocked]) + EPSILON_MS
         for service in ready:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, Wake
 from dstack_lab.services import Plan
+from dstack_lab.state import INFINITE
 
 
 class Temporal(Policy):
@@ -43,10 +44,10 @@ class Temporal(Policy):
             hopeless = [Drop(s.name, n) for s in state.services if s.ready and (n := s.late(s.service_ms(1, self.share)))]
             if hopeless:
                 return [*hopeless, Wake(state.now_ms)]
-        best, nearest = None, float("inf")
+        best, nearest = None, INFINITE
         for service in state.services:
-            if service.ready and (deadline := service.oldest_deadline_ms) < nearest:
-                best, nearest = service, deadline
+            if service.due_ms < nearest:
+                best, nearest = service, service.due_ms
         if best is None:
             return []
         return [Launch(best.name, self.share, best.queued(self.batch[best.name]))]
