@@ -98,7 +98,7 @@ class Deterministic:
         """Return the sorted arrival times in [0, duration_ms) [ms]; `rng` is not used."""
         positive("duration_ms", duration_ms)
         times = np.arange(1, int(duration_ms * self.rate_rps / 1000) + 2) * (1000.0 / self.rate_rps)
-        return times[times < duration_ms]
+        return np.asarray(times[times < duration_ms], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,8 +246,8 @@ class Ledger:
             finish[rows] = np.repeat(log[mine, END], batch)
         for index, first, requests in self._dropped:
             outcome[offset[index] + first : offset[index] + first + requests] = OUTCOMES.index("dropped")
-        for times in (arrival, start, finish):
-            times /= NS_PER_MS
+        for instants in (arrival, start, finish):
+            instants /= NS_PER_MS
         columns = {
             "service": _coded(np.repeat(np.arange(len(names), dtype=np.int8), sizes), names),
             "arrival_ms": arrival,

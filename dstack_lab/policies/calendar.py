@@ -42,7 +42,8 @@ class Calendar:
 
     def before(self, end_ms: float) -> list[Booking]:
         """Windows not taken yet that start before `end_ms`."""
-        ahead, cursor, began = [], self._cursor, self._began_ms
+        ahead: list[Booking] = []
+        cursor, began = self._cursor, self._began_ms
         while True:
             window = self._windows[cursor]
             start = began + window.start_ms

@@ -1,0 +1,107 @@
+"""Command line, for machines without a browser: ``python -m dstack_lab demo|measure|run|figures``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import dstack_lab as lab
+from dstack_lab.services import Service
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dstack_lab", description="Several neural networks on one GPU.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    demo = verbs.add_parser("demo", help="measure two networks on this machine, plan, and race D-STACK against temporal sharing")
+    demo.add_argument("--seconds", type=float, default=15, help="length of each real run [s]")
+    demo.add_argument("--out", type=Path, default=Path(), help="folder that gets data/runs/ and figures/")
+
+    measure = verbs.add_parser("measure", help="measure service times on this machine's cores and save a profile")
+    measure.add_argument("models", nargs="+", help=f"networks, such as {', '.join(lab.zoo.names()[:3])}")
+    measure.add_argument("--batches", type=_numbers(int), default=(1, 2, 4, 8), help="such as 1,2,4,8")
+    measure.add_argument("--shares", type=_numbers(float), default=None, help="GPU%% such as 50,100; all that the device grants")
+    measure.add_argument("--budget", type=int, default=None, help="most points per network")
+    measure.add_argument("--out", type=Path, default=Path("data/runs/measured.csv"), help="profile to write")
+
+    run = verbs.add_parser("run", help="run a policy on real workers and save the trace")
+    run.add_argument("services", nargs="+", help="model:slo_ms:rate_rps, such as resnet18:200:5")
+    run.add_argument("--profile", required=True, help="profile of this device: a path, or a name under data/profiles")
+    run.add_argument("--policy", choices=("DStack", "Temporal"), default="DStack")
+    run.add_argument("--seconds", type=float, default=10)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--simulate", action="store_true", help="simulate instead")
+    run.add_argument("--out", type=Path, default=Path("data/runs/trace.npz"), help="trace to write")
+
+    figures = verbs.add_parser("figures", help="draw the README's pictures from the simulated profile")
+    figures.add_argument("--out", type=Path, default=Path("figures"))
+
+    options = parser.parse_args(arguments)
+    try:
+        {"demo": _demo, "measure": _measure, "run": _run, "figures": _figures}[options.verb](options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"dstack_lab {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dstack_lab {options.verb}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from dstack_lab.demo import demo
+
+    demo(options.out, options.seconds * 1000)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    profile = lab.measure(options.models, batches=options.batches, shares=options.shares, budget=options.budget)
+    print(profile.table.round(3).to_string(index=False))
+    print(profile.provenance)
+    print(f"saved {profile.save(options.out)}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    services = [_service(text) for text in options.services]
+    policy = getattr(lab, options.policy)()
+    plan = lab.optimize(services, lab.load_profile(options.profile))
+    print(plan)
+    duration = options.seconds * 1000
+    if options.simulate:
+        trace = lab.simulate(plan, policy, duration, options.seed)
+    else:
+        trace = lab.run(plan, policy, duration_ms=duration, seed=options.seed, progress=True)
+    print(lab.summary(trace).round(3).to_string(index=False))
+    print(trace.provenance)
+    print(f"saved {trace.save(options.out)}")
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from dstack_lab.demo import readme_figures
+
+    for path in readme_figures(options.out):
+        print(path)
+
+
+def _service(text: str) -> Service:
+    """Read ``model:slo_ms:rate_rps``."""
+    try:
+        model, slo, rate = text.rsplit(":", 2)
+        return lab.Service(model, float(slo), lab.Poisson(float(rate)))
+    except ValueError as error:
+        raise ValueError(f"service = {text!r}: must be model:slo_ms:rate_rps, such as resnet18:200:5 ({error})") from error
+
+
+def _numbers(kind: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    def read(text: str) -> tuple[float, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    read.__name__ = "comma-separated numbers"
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())
