@@ -41,7 +41,10 @@ def main() -> None:
     else:
         print(f"The public tables are not at {asked.data}: their rows are left out.")
     for path in asked.profile:
-        rows += profile_rows(load_profile(path), path.name)
+        try:
+            rows += profile_rows(load_profile(path), path.stem)
+        except ValueError as error:
+            parser.error(str(error))
     if not rows:
         return
     table = pd.DataFrame(rows, columns=["task", "network", "target", "value_pct", "met"])

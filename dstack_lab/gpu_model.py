@@ -17,6 +17,7 @@ from dstack_lab.brackets import bracket
 from dstack_lab.checks import require
 from dstack_lab.knees import Knee
 from dstack_lab.kriging import Correction, correct
+from dstack_lab.monotone import MonotoneTable, straighten
 from dstack_lab.profiles import Profile
 from dstack_lab.surface import Floats, Mixture, Prior, fit_mixture
 
@@ -53,9 +54,7 @@ class GpuModel:
     model: str
     error: float
     held_out_error: float
-    _batches: Floats = field(repr=False)
-    _shares: Floats = field(repr=False)
-    _log_ms: Floats = field(repr=False)
+    _table: MonotoneTable = field(repr=False)
     _correction: Correction = field(repr=False)
     notes: tuple[str, ...] = ()
 
@@ -79,7 +78,7 @@ class GpuModel:
         ValueError
             If a batch is below 1 or a share outside 1 to 100.
         """
-        ms = np.exp(self._log(*_checked(batch, gpu_pct)))
+        ms = np.exp(self._table.log(*_checked(batch, gpu_pct)))
         return float(ms) if ms.ndim == 0 else ms
 
     def band(self, batch: ArrayLike, gpu_pct: ArrayLike, level: float = 0.9) -> tuple[float, float] | tuple[Floats, Floats]:
@@ -109,7 +108,7 @@ class GpuModel:
         wide = student_t.ppf((1 + level) / 2, max(3, len(self._correction.at) // 2))
         below, above = self.room(b, g)
         half = wide * np.sqrt(spread**2 + self._correction.noise**2 + (CB * (below + above)) ** 2 / 12)
-        middle = self._log(b, g)
+        middle = self._table.log(b, g)
         low, high = np.exp(middle - half), np.exp(middle + half)
         return (float(low), float(high)) if low.ndim == 0 else (low, high)
 
@@ -161,7 +160,18 @@ class GpuModel:
         return Knee(pct, min(pct, float(low)), max(pct, float(high)), rule, kind)
 
     def room(self, batch: Floats, gpu_pct: Floats) -> tuple[Floats, Floats]:
-        """Room that the shares measured at the nearest batch leave below and above `predict` [log units]."""
+        """Return how far a curve that obeys `bracket` may lie below and above `predict`.
+
+        Parameters
+        ----------
+        batch, gpu_pct : arrays of one shape
+            As for `predict`. The shares measured at the nearest batch are the known ones.
+
+        Returns
+        -------
+        (below, above)
+            Each of that shape, 0 or more [log units].
+        """
         measured = self._correction.at
         nearest = np.abs(np.log(batch)[..., None] - np.unique(measured[:, 0])).argmin(axis=-1)
         below, above = np.zeros(batch.shape), np.zeros(batch.shape)
@@ -170,7 +180,7 @@ class GpuModel:
             for b in np.unique(batch[nearest == k]):
                 here = batch == b
                 low, high = bracket(shares, np.asarray(self.predict(b, shares)), gpu_pct[here])
-                middle = self._log(batch[here], gpu_pct[here])
+                middle = self._table.log(batch[here], gpu_pct[here])
                 below[here], above[here] = np.maximum(middle - np.log(low), 0), np.maximum(np.log(high) - middle, 0)
         return below, above
 
@@ -179,28 +189,13 @@ class GpuModel:
         b = np.full_like(grid, batch)
         values, vectors = np.linalg.eigh(self._correction.covariance(b, grid))
         draws = np.random.default_rng(0).standard_normal((_SAMPLES, len(grid)))
-        logs = self._log(b, grid) + draws @ (vectors * np.sqrt(np.maximum(values, 0))).T
+        logs = self._table.log(b, grid) + draws @ (vectors * np.sqrt(np.maximum(values, 0))).T
         # waves of thread blocks make real curves as rough from share to share as the noise found
         logs += min(_ROUGH * self._correction.noise, _ROUGHEST) * np.random.default_rng(1).standard_normal(logs.shape)
         side = CK * np.random.default_rng(2).uniform(-1, 1, (_SAMPLES, 1))
         below, above = self.room(b, grid)
         logs += np.where(side > 0, side * above, side * below)
         return np.exp(np.minimum.accumulate(logs, axis=1))
-
-    def _log(self, batch: Floats, gpu_pct: Floats) -> Floats:
-        """Log service time by bilinear interpolation in log batch and log share of the monotone table."""
-        x, y = np.log(batch), np.log(gpu_pct)
-        rows, columns = np.log(self._batches), np.log(self._shares)
-        i = np.clip(np.searchsorted(rows, x, side="right") - 1, 0, len(rows) - 2)
-        j = np.clip(np.searchsorted(columns, y, side="right") - 1, 0, len(columns) - 2)
-        u = np.minimum((x - rows[i]) / (rows[i + 1] - rows[i]), 1.0)
-        v = np.clip((y - columns[j]) / (columns[j + 1] - columns[j]), 0.0, 1.0)
-        table = self._log_ms
-        left = (1 - u) * table[i, j] + u * table[i + 1, j]
-        right = (1 - u) * table[i, j + 1] + u * table[i + 1, j + 1]
-        # beyond the table one slope for all shares keeps them in order
-        steep = float((table[-1] - table[-2]).mean() / (rows[-1] - rows[-2]))
-        return np.asarray((1 - v) * left + v * right + steep * np.maximum(x - rows[-1], 0.0))
 
     def _grid(self, shares: ArrayLike | None) -> Floats:
         if shares is not None:
@@ -244,17 +239,15 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     shrink, judged = _judge(b, g, ms, believed)
     backbone = fit_mixture(b, g, ms, shrink, believed)
     correction = correct(b, g, np.log(ms / backbone(b, g)), judged)
-    batches, shares = _nodes(b, g)
-    log_ms = _monotone(_table(backbone, correction, batches, shares))
+    table = _tabulate(backbone, correction, b, g)
     notes = [
         f"{name} was never varied: " + ("the model is constant in it" if prior is None else "its effect is the prior's")
         for name, varied in (("batch", backbone.by_batch), ("gpu_pct", backbone.by_share))
         if not varied
     ]
     held_out = float(np.median(np.abs(np.expm1(-judged)))) if len(ms) > least else float("nan")
-    made = GpuModel(model, 0.0, held_out, batches, shares, log_ms, correction, tuple(notes))
-    object.__setattr__(made, "error", float(np.median(np.abs(made.predict(b, g) / ms - 1))))
-    return made
+    error = float(np.median(np.abs(np.exp(table.log(b, g)) / ms - 1)))
+    return GpuModel(model, error, held_out, table, correction, tuple(notes))
 
 
 def _judge(b: Floats, g: Floats, ms: Floats, prior: Prior | None) -> tuple[float, Floats]:
@@ -276,23 +269,13 @@ def _judge(b: Floats, g: Floats, ms: Floats, prior: Prior | None) -> tuple[float
     return chosen, judged
 
 
-def _nodes(b: Floats, g: Floats) -> tuple[Floats, Floats]:
-    """Batches and shares of the table: all that were measured, and enough others to bend between them."""
+def _tabulate(backbone: Mixture, correction: Correction, b: Floats, g: Floats) -> MonotoneTable:
+    """Read the model onto nodes: all batches and shares that were measured, and enough others to bend between."""
     batches = np.union1d(np.unique(b), np.geomspace(1, 4 * max(32.0, b.max()), 40))
     shares = np.union1d(np.unique(g), np.arange(1.0, 101.0))
-    return batches, shares
-
-
-def _table(backbone: Mixture, correction: Correction, batches: Floats, shares: Floats) -> Floats:
-    b, g = np.broadcast_arrays(batches[:, None], shares[None, :])
-    return np.asarray(np.log(backbone(b, g)) + correction.mean(b.ravel(), g.ravel()).reshape(b.shape))
-
-
-def _monotone(log_ms: Floats) -> Floats:
-    """Mean of the tightest monotone tables above and below: itself monotone, and no change where already so."""
-    above = np.maximum.accumulate(np.maximum.accumulate(log_ms[:, ::-1], axis=1)[:, ::-1], axis=0)
-    below = np.minimum.accumulate(np.minimum.accumulate(log_ms, axis=1)[::-1], axis=0)[::-1]
-    return np.asarray((above + below) / 2)
+    x, y = np.broadcast_arrays(batches[:, None], shares[None, :])
+    log_ms = np.log(backbone(x, y)) + correction.mean(x.ravel(), y.ravel()).reshape(x.shape)
+    return MonotoneTable(batches, shares, straighten(log_ms))
 
 
 def _guarded(prior: Prior) -> Prior:

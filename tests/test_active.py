@@ -59,14 +59,17 @@ def test_twelve_points_tell_the_rest_of_the_grid(truth, noise):
     assert np.quantile(errors, 0.9) < 0.15
 
 
-@pytest.mark.parametrize("truth", [switched, saturating])
+@pytest.mark.parametrize("truth", [smooth, switched, saturating])
 def test_the_knees_found_are_those_of_the_truth(truth):
     choice = choose_points(Recorder(truth), BATCHES, SHARES)
+    inside, near = [], []
     for row in choice.knees.itertuples():
         curve = truth(float(row.batch), np.array(SHARES, dtype=float))
         true = SHARES[int(np.argmax(curve <= 1.05 * curve.min()))]
-        assert abs(row.knee_pct - true) <= 20
-        assert row.low_pct <= row.knee_pct <= row.high_pct
+        inside.append(row.low_pct - 10 <= true <= row.high_pct + 10)
+        near.append(abs(row.knee_pct - true) <= 10)
+    assert all(inside)
+    assert np.mean(near) >= 0.6
     assert list(choice.knees.columns) == ["batch", "knee_pct", "low_pct", "high_pct", "kind"]
 
 
