@@ -1,60 +1,23 @@
-"""The operating point of each service by exhaustive search, and the bound that no schedule can pass.
+"""The operating point of each service by exhaustive search, and what one step away from it costs.
 
-A point is a batch b and a GPU% g with service time L(b, g). It is feasible for a service of SLO s and
-rate r if a request that just misses a launch is still served in time: it waits for its batch to fill,
-(b-1)/r, or for the previous launch, L, and then for its own, so max((b-1)/r, L) + L <= s; and if one
-launch at a time keeps up, r·L <= b.
+What a point must keep and what makes it better is told in `constraints`.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.optimize import linprog
 
-from dstack_lab.checks import percent, require
-from dstack_lab.gpu_model import fit
+from dstack_lab.bounds import Grants, bound_of, checked_services, granted_shares, service_tables, too_slow
+from dstack_lab.checks import require
+from dstack_lab.constraints import EQUAL, OBJECTIVES, binding, broken_most, feasible, points, score_of, scores
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
-
-OBJECTIVES = ("efficacy", "capacity")
-Array = NDArray[np.float64]
-
-
-def service_tables(services: Sequence[Service], profile: Profile) -> tuple[ServiceTable, ...]:
-    """Dense service times of each service's model, from the GPU% model fitted to `profile`."""
-    return tuple(_table(profile, service.model) for service in services)
-
-
-@lru_cache(maxsize=256)
-def _table(profile: Profile, model: str) -> ServiceTable:
-    """Fit once per profile object: comparisons plan the same services over and over."""
-    batch = np.arange(1, int(profile.of(model)["batch"].max()) + 1)[:, None]
-    return ServiceTable(np.asarray(fit(profile, model).predict(batch, np.arange(1, 101)[None, :])))
-
-
-def scores(table: ServiceTable, shares: Sequence[float], objective: str) -> Array:
-    """Objective of every point, shape (batch_max, shares): larger is better.
-
-    ``efficacy`` is b / (L² g): throughput per latency and GPU%. ``capacity`` is b / (g L): requests
-    per GPU%·ms, so the largest is the smallest area.
-    """
-    require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
-    ms, batch, share = _grid(table, shares)
-    return batch / (ms * share * (ms if objective == "efficacy" else 1.0))
-
-
-def feasible(table: ServiceTable, shares: Sequence[float], slo_ms: float, rate_rps: float) -> NDArray[np.bool_]:
-    """Points that keep the SLO and the rate, shape (batch_max, shares)."""
-    ms, batch, _ = _grid(table, shares)
-    gap_ms = 1000 / rate_rps if rate_rps > 0 else np.inf
-    fill = np.where(batch > 1, (batch - 1) * gap_ms, 0.0) if np.isfinite(gap_ms) else np.where(batch > 1, np.inf, 0.0)
-    return (np.maximum(fill, ms) + ms <= slo_ms) & (rate_rps * ms <= 1000 * batch)
 
 
 def optimize(
@@ -63,6 +26,8 @@ def optimize(
     objective: str = "efficacy",
     shares: Iterable[float] | None = None,
     overload: str = "raise",
+    *,
+    device: Grants | None = None,
 ) -> Plan:
     """Choose the share and batch of each service, exactly, over all batches and grantable shares.
 
@@ -75,28 +40,34 @@ def optimize(
     profile : Profile
         Holds every service's model.
     objective : {"efficacy", "capacity"}
-        What a point is chosen for; see `scores`.
+        What a point is chosen for; see `constraints.scores`.
     shares : iterable of float, optional
-        GPU% that the device can grant; those of the profile by default.
+        GPU% to choose from; those of the device, else those of the profile, by default.
     overload : {"raise", "reject"}
         If the rates together exceed what any schedule can serve: raise, or size the plan for the part
         of each rate that the `bound` admits (ask the policy to drop late requests then).
+    device : Device, optional
+        Where the plan is to run: its ``shares()`` are what can be granted.
 
     Returns
     -------
     Plan
+        Its ``binding`` column says which constraint holds each service at its point; see `constraints.binding`.
 
     Raises
     ------
+    ValueError
+        Naming the argument that does not fit, such as a share that the device cannot grant.
     InfeasiblePlan
         If no point meets a service's SLO, or the services ask for more than the GPU has.
     """
-    services = _checked(services, profile)
+    services = checked_services(services, profile)
+    require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
     require(overload in ("raise", "reject"), "overload", overload, "'raise' or 'reject'")
-    granted = _shares(profile, services, shares)
+    granted = granted_shares(profile, services, shares, device)
     tables = service_tables(services, profile)
     rates = [service.rate_rps for service in services]
-    limit = _bound(services, tables, granted)
+    limit = bound_of(services, tables, granted)
     if limit.total_rps < sum(rates) * (1 - 1e-9):
         if overload == "raise":
             asks = ", ".join(
@@ -110,58 +81,67 @@ def optimize(
         admitted = zip(services, tables, limit.rates_rps.values(), strict=True)
         rates = [_servable(service, table, granted, rate) for service, table, rate in admitted]
     choices = [_ranked(s, t, granted, r, objective) for s, t, r in zip(services, tables, rates, strict=True)]
-    picked = _fit_together(choices)
-    allocations = tuple(
-        Allocation(s.name, granted[c.share], c.batch, t.at(c.batch, granted[c.share]), r)
-        for s, c, t, r in zip(services, picked, tables, rates, strict=True)
-    )
-    return Plan(services, allocations, tables, granted, objective, profile.provenance)
+    allocations = []
+    for service, table, rate, pick in zip(services, tables, rates, _fit_together(choices), strict=True):
+        share = granted[pick.share]
+        ms = table.at(pick.batch, share)
+        held = binding(table, granted, service.slo_ms, rate, pick.batch, share, objective)
+        allocations.append(Allocation(service.name, share, pick.batch, ms, rate, held))
+    return Plan(services, tuple(allocations), tables, granted, objective, profile.provenance)
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What no schedule that launches whole batches can exceed.
+def sensitivity(plan: Plan) -> pd.DataFrame:
+    """Say what one step away from each operating point costs.
 
     Parameters
     ----------
-    rates_rps : dict of str to float
-        Goodput of each service in the best mix [requests/s].
-    area_pct_ms : tuple of float
-        Least GPU%·ms per request of each service, over all points with L <= SLO.
-    """
+    plan : Plan
+        Of `optimize`.
 
-    rates_rps: dict[str, float]
-    area_pct_ms: tuple[float, ...]
-
-    @property
-    def total_rps(self) -> float:
-        """Goodput of all services together [requests/s]."""
-        return sum(self.rates_rps.values())
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per service, and one for all."""
-        rows = [
-            {"service": n, "bound_rps": x, "area_pct_ms": a}
-            for (n, x), a in zip(self.rates_rps.items(), self.area_pct_ms, strict=True)
-        ]
-        return pd.DataFrame([*rows, {"service": "all", "bound_rps": self.total_rps, "area_pct_ms": np.nan}])
-
-
-def bound(services: Iterable[Service], profile: Profile, shares: Iterable[float] | None = None) -> Bound:
-    """Return the provable upper bound on goodput, by linear programming.
-
-    A request of service m costs at least a_m, the smallest g·L/b over the points with L <= SLO: a
-    request in a batch that runs longer is late however it is scheduled. With x_m served in time per
-    second, sum of x_m·a_m <= 100·1000 and x_m <= r_m, so the largest sum of x_m is a bound.
+    Returns
+    -------
+    pandas.DataFrame
+        Up to four rows per service, for the next lower and higher grantable share and batch; a
+        step beyond an edge has no row. ``service``; ``step``: "share down", "share up", "batch down",
+        "batch up"; ``gpu_pct`` and ``batch`` there; ``score_lost``, the fraction of the objective
+        that is lost (below 0: gained); ``service_ms`` and ``demand_pct`` there, and how much they
+        are above the plan's: ``service_added_ms``, ``demand_added_pct``; ``feasible``, whether the
+        whole plan would still keep every constraint; ``binding``, which one it would break most
+        ("none" if feasible), in the words of `constraints.binding`.
 
     Raises
     ------
-    InfeasiblePlan
-        If a service meets its SLO at no point.
+    ValueError
+        If the plan was not made for one of the objectives.
     """
-    services = _checked(services, profile)
-    granted = _shares(profile, services, shares)
-    return _bound(services, service_tables(services, profile), granted)
+    require(plan.objective in OBJECTIVES, "plan.objective", plan.objective, f"one of {OBJECTIVES}: a plan of lab.optimize")
+    rows = []
+    for service, now, table in zip(plan.services, plan.allocations, plan.tables, strict=True):
+        score = score_of(now.service_ms, now.batch, now.gpu_pct, plan.objective)
+        demand = now.rate_rps * now.area_pct_ms / 1000
+        for step, batch, share in _steps(now, plan.shares, table.batch_max):
+            ms = table.at(batch, share)
+            added = now.rate_rps * share * ms / batch / 1000 - demand
+            held = broken_most(ms, batch, service.slo_ms, now.rate_rps)
+            if held == "none" and plan.demand_pct + added > 100 * (1 + EQUAL):
+                held = "GPU total"
+            rows.append(
+                {
+                    "service": service.name,
+                    "step": step,
+                    "gpu_pct": share,
+                    "batch": batch,
+                    "score_lost": 1 - score_of(ms, batch, share, plan.objective) / score,
+                    "service_ms": ms,
+                    "service_added_ms": ms - now.service_ms,
+                    "demand_pct": demand + added,
+                    "demand_added_pct": added,
+                    "feasible": held == "none",
+                    "binding": held,
+                }
+            )
+    columns = "service step gpu_pct batch score_lost service_ms service_added_ms demand_pct demand_added_pct feasible binding"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,83 +152,50 @@ class _Choice:
     share: int  # index
 
 
-def _bound(services: Sequence[Service], tables: Sequence[ServiceTable], shares: Sequence[float]) -> Bound:
-    areas = []
-    for service, table in zip(services, tables, strict=True):
-        ms, batch, share = _grid(table, shares)
-        area = np.where(ms <= service.slo_ms, share * ms / batch, np.inf)
-        if not np.isfinite(area).any():
-            raise InfeasiblePlan(_too_slow(service, service.rate_rps, table, shares, 1))
-        areas.append(float(area.min()))
-    rates = [s.rate_rps for s in services]
-    solved = linprog([-1.0] * len(rates), A_ub=[areas], b_ub=[100_000.0], bounds=[(0, r) for r in rates], method="highs")
-    return Bound({s.name: float(x) for s, x in zip(services, np.asarray(solved.x), strict=True)}, tuple(areas))
+def _steps(now: Allocation, shares: Sequence[float], batch_max: int) -> list[tuple[str, int, float]]:
+    """Neighbours of a point: what changes, the batch and the share."""
+    below, above = bisect.bisect_left(shares, now.gpu_pct) - 1, bisect.bisect_right(shares, now.gpu_pct)
+    found = [("share down", now.batch, shares[below])] if below >= 0 else []
+    found += [("share up", now.batch, shares[above])] if above < len(shares) else []
+    found += [("batch down", now.batch - 1, now.gpu_pct)] if now.batch > 1 else []
+    return found + ([("batch up", now.batch + 1, now.gpu_pct)] if now.batch < batch_max else [])
 
 
 def _ranked(service: Service, table: ServiceTable, shares: Sequence[float], rate: float, objective: str) -> list[_Choice]:
     """Feasible points, best first, each cheaper in GPU time than all before it."""
-    ms, batch, share = _grid(table, shares)
-    good = feasible(table, shares, service.slo_ms, rate)
-    if not good.any():
-        raise InfeasiblePlan(_too_slow(service, rate, table, shares, 2))
-    value, load = scores(table, shares, objective), rate * share * ms / batch / 1000
-    order = sorted(zip(*np.nonzero(good), strict=True), key=lambda p: (-value[p], load[p], p))
-    kept: list[_Choice] = []
-    for point in order:
-        if not kept or load[point] < kept[-1].load_pct:
-            kept.append(_Choice(float(value[point]), float(load[point]), int(point[0]) + 1, int(point[1])))
-    return kept
+    ms, batch, share = points(table, shares)
+    good = np.flatnonzero(feasible(table, shares, service.slo_ms, rate))
+    if not len(good):
+        raise InfeasiblePlan(too_slow(service, rate, float(ms[0, -1]), shares[-1], 2))
+    value, load = (x.ravel()[good] for x in (scores(table, shares, objective), rate * share * ms / batch / 1000))
+    order = np.lexsort((load, -value))
+    value, load, at = value[order], load[order], good[order]
+    kept = np.append(True, load[1:] < np.minimum.accumulate(load)[:-1])
+    found = zip(value[kept].tolist(), load[kept].tolist(), at[kept].tolist(), strict=True)
+    return [_Choice(v, x, i // len(shares) + 1, i % len(shares)) for v, x, i in found]
 
 
 def _fit_together(choices: list[list[_Choice]]) -> list[_Choice]:
     """Move the service that loses least per GPU% gained to a cheaper point until 100 % suffice, or none is left."""
     at = [0] * len(choices)
-    while sum(c[i].load_pct for c, i in zip(choices, at, strict=True)) > 100:
-        steps = []
-        for k, (ranked, i) in enumerate(zip(choices, at, strict=True)):
-            if i + 1 < len(ranked):
-                lost = 1 - ranked[i + 1].score / ranked[i].score
-                steps.append((lost / (ranked[i].load_pct - ranked[i + 1].load_pct), k))
-        if not steps:
-            break  # the cheapest points together: an engine may still serve part of it late
-        at[min(steps)[1]] += 1
+    ahead: list[tuple[float, int]] = []
+
+    def look(k: int) -> None:
+        if at[k] + 1 < len(choices[k]):
+            here, there = choices[k][at[k] : at[k] + 2]
+            heapq.heappush(ahead, ((1 - there.score / here.score) / (here.load_pct - there.load_pct), k))
+
+    for k in range(len(choices)):
+        look(k)
+    # where the cheapest points together still ask for more, an engine may serve part of it late
+    while ahead and sum(ranked[i].load_pct for ranked, i in zip(choices, at, strict=True)) > 100:
+        _, k = heapq.heappop(ahead)
+        at[k] += 1
+        look(k)
     return [ranked[i] for ranked, i in zip(choices, at, strict=True)]
-
-
-def _grid(table: ServiceTable, shares: Sequence[float]) -> tuple[Array, Array, Array]:
-    """Service times [ms] by batch and share, with their axes shaped to broadcast."""
-    ms = np.array([[table.at(b, g) for g in shares] for b in range(1, table.batch_max + 1)])
-    return ms, np.arange(1.0, table.batch_max + 1)[:, None], np.asarray(shares, dtype=float)[None, :]
 
 
 def _servable(service: Service, table: ServiceTable, shares: Sequence[float], rate: float) -> float:
     """Largest tenth of `rate` for which a feasible point exists; the bound admits more than one launch at a time serves."""
     parts = (rate * tenth / 10 for tenth in range(10, 0, -1))
     return next((part for part in parts if feasible(table, shares, service.slo_ms, part).any()), rate)
-
-
-def _too_slow(service: Service, rate: float, table: ServiceTable, shares: Sequence[float], launches: int) -> str:
-    fastest = table.at(1, shares[-1])
-    need = f"{launches} x " if launches > 1 else ""
-    return (
-        f"{service.name} asks for slo_ms = {service.slo_ms:g} at {rate:g}/s, but no batch and share meet it: "
-        f"one request takes {need}{fastest:.2f} ms at {shares[-1]:g} GPU%; relax the SLO or lower the rate"
-    )
-
-
-def _checked(services: Iterable[Service], profile: Profile) -> tuple[Service, ...]:
-    found = tuple(services)
-    require(len(found) > 0, "services", found, "1 or more")
-    for service in found:
-        require(isinstance(service, Service), "services", service, "Service objects")
-        require(service.model in profile.models, f"model of {service.name}", service.model, f"one of {', '.join(profile.models)}")
-    names = [s.name for s in found]
-    require(len(set(names)) == len(names), "service names", names, "distinct: give each Service a name of its own")
-    return found
-
-
-def _shares(profile: Profile, services: Sequence[Service], shares: Iterable[float] | None) -> tuple[float, ...]:
-    if shares is not None:
-        return tuple(sorted({percent("shares", s) for s in shares}))
-    rows = profile.table[profile.table["model"].isin([s.model for s in services])]
-    return tuple(sorted(float(s) for s in rows["gpu_pct"].unique()))

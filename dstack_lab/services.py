@@ -112,6 +112,8 @@ class Allocation:
         Predicted service time of that batch at that share [ms].
     rate_rps : float
         Rate it is sized for [requests/s]; below the service's own where a plan rejects load.
+    binding : str
+        Which constraint keeps it from a better point, in the words of `constraints.binding`; empty if unknown.
     """
 
     service: str
@@ -119,6 +121,7 @@ class Allocation:
     batch: int
     service_ms: float
     rate_rps: float
+    binding: str = ""
 
     def __post_init__(self) -> None:
         percent("gpu_pct", self.gpu_pct)
@@ -183,7 +186,7 @@ class Plan:
         return sum(a.rate_rps * a.area_pct_ms for a in self.allocations) / 1000
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per service: SLO, rate, share, batch, service time, knee and demand."""
+        """Return one row per service: SLO, rate, share, batch, service time, knee, demand and what binds (NaN if unknown)."""
         rows = [
             {
                 "service": s.name,
@@ -194,6 +197,7 @@ class Plan:
                 "service_ms": round(a.service_ms, 2),
                 "knee_pct": t.knee_pct(a.batch),
                 "demand_pct": round(a.rate_rps * a.area_pct_ms / 1000, 1),
+                "binding": a.binding or np.nan,
             }
             for s, a, t in zip(self.services, self.allocations, self.tables, strict=True)
         ]
