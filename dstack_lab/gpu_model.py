@@ -19,13 +19,7 @@ from dstack_lab.knees import Knee
 from dstack_lab.kriging import Correction, correct
 from dstack_lab.monotone import MonotoneTable, straighten
 from dstack_lab.profiles import Profile
-from dstack_lab.surface import Floats, Mixture, Prior, fit_mixture
-
-#: Factors on the backbone's ridge that compete on left-out points; the first wins ties.
-_SHRINKS = (1.0, 4.0, 16.0)
-
-#: Left-out rounds are what a fit costs: fewer where many points make each one dear.
-_FEW, _MANY = 12, 60
+from dstack_lab.surface import Floats, Mixture, Prior, fit_mixture, judge_mixture
 
 _SAMPLES = 256
 
@@ -56,6 +50,7 @@ class GpuModel:
     held_out_error: float
     _table: MonotoneTable = field(repr=False)
     _correction: Correction = field(repr=False)
+    _knows_shares: bool = field(default=True, repr=False)
     notes: tuple[str, ...] = ()
 
     def predict(self, batch: ArrayLike, gpu_pct: ArrayLike) -> float | Floats:
@@ -115,9 +110,10 @@ class GpuModel:
     def knee_pct(
         self, batch: float, rule: str = "tolerance", shares: ArrayLike | None = None, slo_ms: float | None = None
     ) -> float:
-        """Knee at one batch [GPU%]; see `knee`, which also says how sure it is."""
+        """Knee at one batch [GPU%], NaN if the share was never varied; see `knee`, which also says how sure it is."""
         grid = self._grid(shares)
-        return float(knees.knee_pct(grid, self.predict(batch, grid), rule, batch=batch, slo_ms=slo_ms))
+        pct = float(knees.knee_pct(grid, self.predict(batch, grid), rule, batch=batch, slo_ms=slo_ms))
+        return pct if self._knows_shares else float("nan")
 
     def knee(
         self,
@@ -142,6 +138,11 @@ class GpuModel:
         level : float
             Probability that the interval should hold the knee.
 
+        Returns
+        -------
+        Knee
+            Its ``pct`` is NaN where the share was never varied, or no share meets the SLO.
+
         Raises
         ------
         ValueError
@@ -150,11 +151,11 @@ class GpuModel:
         require(0 < level < 1, "level", level, "above 0 and below 1")
         grid = self._grid(shares)
         curve = np.asarray(self.predict(batch, grid))
-        pct = float(knees.knee_pct(grid, curve, rule, batch=batch, slo_ms=slo_ms))
+        pct = self.knee_pct(batch, rule, grid, slo_ms)
         kind = knees.kind_of(grid, curve, pct)
         others = knees.knee_pct(grid, self._curves(batch, grid), rule, batch=batch, slo_ms=slo_ms)
         others = others[~np.isnan(others)]
-        if np.isnan(pct) or not len(others):
+        if np.isnan(pct) or len(others) == 0:
             return Knee(pct, pct, pct, rule, kind)
         low, high = np.quantile(others, [(1 - level) / 2, (1 + level) / 2], method="closest_observation")
         return Knee(pct, min(pct, float(low)), max(pct, float(high)), rule, kind)
@@ -228,15 +229,17 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     Raises
     ------
     ValueError
-        If the profile lacks `model` or holds too few points of it, or the prior gives anything
-        but finite times above 0.
+        If the profile lacks `model` or holds too few points of it, a time is absurd, or the prior
+        gives anything but finite times above 0.
     """
     rows = profile.of(model)
     least = 2 if prior is None else 1
     require(len(rows) >= least, f"points of {model}", len(rows), f"{least} or more")
     b, g, ms = (rows[c].to_numpy(dtype=np.float64) for c in ("batch", "gpu_pct", "service_ms"))
+    sane = (ms >= 1e-9) & (ms <= 1e12)
+    require(bool(sane.all()), "service_ms", None if sane.all() else float(ms[~sane][0]), "from 1e-9 to 1e12 ms")
     believed = None if prior is None else _guarded(prior)
-    shrink, judged = _judge(b, g, ms, believed)
+    shrink, judged = judge_mixture(b, g, ms, believed)
     backbone = fit_mixture(b, g, ms, shrink, believed)
     correction = correct(b, g, np.log(ms / backbone(b, g)), judged)
     table = _tabulate(backbone, correction, b, g)
@@ -247,26 +250,7 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     ]
     held_out = float(np.median(np.abs(np.expm1(-judged)))) if len(ms) > least else float("nan")
     error = float(np.median(np.abs(np.exp(table.log(b, g)) / ms - 1)))
-    return GpuModel(model, error, held_out, table, correction, tuple(notes))
-
-
-def _judge(b: Floats, g: Floats, ms: Floats, prior: Prior | None) -> tuple[float, Floats]:
-    """Leave points out in turn; return the best ridge factor and the log errors (n,) at left-out points."""
-    n = len(ms)
-    if n < (4 if prior is None else 3):
-        return _SHRINKS[-1], np.zeros(n)
-    folds = np.random.default_rng(0).permutation(n) % (n if n <= _FEW else 8 if n <= _MANY else 4)
-    best, chosen, judged = np.inf, _SHRINKS[0], np.zeros(n)
-    for shrink in _SHRINKS if n <= _MANY else _SHRINKS[:1]:
-        off = np.zeros(n)
-        for fold in range(folds.max() + 1):
-            out = folds == fold
-            kept = fit_mixture(b[~out], g[~out], ms[~out], shrink, prior)
-            off[out] = np.log(ms[out] / kept(b[out], g[out]))
-        cost = float(np.minimum(np.abs(off), 0.5).mean())
-        if cost < 0.95 * best:
-            best, chosen, judged = cost, shrink, off
-    return chosen, judged
+    return GpuModel(model, error, held_out, table, correction, backbone.by_share or prior is not None, tuple(notes))
 
 
 def _tabulate(backbone: Mixture, correction: Correction, b: Floats, g: Floats) -> MonotoneTable:

@@ -32,7 +32,7 @@ class Knee:
     Parameters
     ----------
     pct : float
-        Knee [GPU%]; NaN if no share satisfies the rule (``capacity`` with a tight SLO).
+        Knee [GPU%]; NaN if no share satisfies the rule (``capacity`` with a tight SLO) or none can be known.
     low, high : float
         Interval that holds the knee, as far as the model knows [GPU%].
     rule : str
@@ -67,7 +67,7 @@ class Knee:
 
     def __str__(self) -> str:
         if np.isnan(self.pct):
-            return "no knee: no share meets the SLO"
+            return "no knee: no share meets the SLO" if self.rule == "capacity" else "no knee known: the share was never varied"
         spread = "" if self.low == self.high else f" ({self.low:.0f}-{self.high:.0f})"
         if self.kind == "flat":
             return f"no knee: flat (launch-bound), {self.pct:.0f} % is enough{spread}"

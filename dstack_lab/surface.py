@@ -37,6 +37,12 @@ _STEP_PCT = np.array([10.0, 20, 40, 70, 100])
 #: evenly; steps must pay ten times more, so that they appear only where a smooth batch law fails.
 _RIDGE, _STEP_RIDGE = 0.02, 0.2
 
+#: Factors on the backbone's ridge that compete on left-out points; the first wins ties.
+_SHRINKS = (1.0, 4.0, 16.0)
+
+#: Left-out rounds are what a fit costs: fewer where many points make each one dear.
+_FEW, _MANY = 12, 60
+
 _MOST_KNOTS = 12
 
 
@@ -117,6 +123,25 @@ def fit_mixture(
         spread = max(1.4826 * float(np.median(np.abs(off))), 0.005)
         trust = 1 / np.sqrt(1 + (off / (3 * spread)) ** 2)
     return Mixture(share / scale, knots, prior, *varied, float(batch[0]), float(gpu_pct[0]))
+
+
+def judge_mixture(b: Floats, g: Floats, ms: Floats, prior: Prior | None = None) -> tuple[float, Floats]:
+    """Leave points out in turn; return the best ridge factor and the log errors (n,) at left-out points."""
+    n = len(ms)
+    if n < (4 if prior is None else 3):
+        return _SHRINKS[-1], np.zeros(n)
+    folds = np.random.default_rng(0).permutation(n) % (n if n <= _FEW else 8 if n <= _MANY else 4)
+    best, chosen, judged = np.inf, _SHRINKS[0], np.zeros(n)
+    for shrink in _SHRINKS if n <= _MANY else _SHRINKS[:1]:
+        off = np.zeros(n)
+        for fold in range(folds.max() + 1):
+            out = folds == fold
+            kept = fit_mixture(b[~out], g[~out], ms[~out], shrink, prior)
+            off[out] = np.log(ms[out] / kept(b[out], g[out]))
+        cost = float(np.minimum(np.abs(off), 0.5).mean())
+        if cost < 0.95 * best:
+            best, chosen, judged = cost, shrink, off
+    return chosen, judged
 
 
 def _terms(batch: Floats, gpu_pct: Floats, knots: Floats) -> Floats:

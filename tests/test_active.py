@@ -108,6 +108,11 @@ def test_a_budget_of_the_grid_measures_the_grid():
     assert "4 points" in str(choice)
 
 
+def test_one_share_or_one_batch_is_enough_to_go_on_with():
+    assert choose_points(Recorder(smooth), BATCHES, (50,), budget=4, slo_ms=40.0).knees["knee_pct"].isna().all()
+    assert len(choose_points(Recorder(smooth), (4,), SHARES, budget=6, slo_ms=40.0).table) == 6
+
+
 @pytest.mark.parametrize("budget", [2, 3, 5])
 def test_a_tiny_budget_is_kept(budget):
     assert len(choose_points(Recorder(smooth), BATCHES, SHARES, budget=budget).table) == budget

@@ -246,6 +246,9 @@ def test_what_was_never_varied_is_constant_and_said():
     one_share = fit(sampled(truth, shares=(50,)), "net")
     assert one_share.predict(4, 10) == pytest.approx(one_share.predict(4, 100))
     assert any("gpu_pct" in note for note in one_share.notes)
+    assert np.isnan(one_share.knee_pct(4))
+    assert str(one_share.knee(4)) == "no knee known: the share was never varied"
+    assert fit(sampled(truth, shares=(50,)), "net", prior=truth).knee(4).kind == "knee"
 
 
 def test_more_work_beyond_the_measured_batches_takes_proportionally_longer():
@@ -258,6 +261,9 @@ def test_more_work_beyond_the_measured_batches_takes_proportionally_longer():
     [
         (lambda: fit(sampled(truth), "vgg"), "model = 'vgg': must be one of net"),
         (lambda: fit(profile_of([(1, 10, 1.0)]), "net"), "points of net = 1"),
+        (lambda: fit(profile_of([(1, 10, 1.0), (2, 10, 1e300)]), "net"), r"service_ms = 1e\+300"),
+        (lambda: fit(sampled(truth), "net").band(1, 50, level=1.0), "level = 1.0"),
+        (lambda: fit(sampled(truth), "net").knee(1, shares=[50, 20]), "shares"),
         (lambda: fit(sampled(truth), "net").predict(0.5, 50), "batch = 0.5"),
         (lambda: fit(sampled(truth), "net").predict([1, np.nan], 50), "batch = nan"),
         (lambda: fit(sampled(truth), "net").predict(1, 0.5), "gpu_pct = 0.5"),

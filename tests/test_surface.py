@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dstack_lab.surface import fit_mixture
+from dstack_lab.surface import fit_mixture, judge_mixture
 
 
 def grid(batches=(1, 2, 4, 8, 16), shares=range(10, 101, 10)):
@@ -51,3 +51,14 @@ def test_a_prior_is_a_term_like_the_others():
     fitted = fit_mixture(b, g, 5 * prior(b, g), shrink=16, prior=prior)
     x, y = grid((3, 20), (20, 45))
     np.testing.assert_allclose(fitted(x, y), 5 * prior(x, y), rtol=0.01)
+
+
+def test_left_out_errors_show_noise_and_choose_a_stiffer_surface_for_it():
+    b, g = grid()
+    clean = 2 + 30 * b / np.minimum(g, 60)
+    noisy = clean * np.exp(0.2 * np.random.default_rng(0).standard_normal(b.size))
+    loose, small = judge_mixture(b, g, clean)
+    stiff, large = judge_mixture(b, g, noisy)
+    assert stiff >= loose
+    assert np.median(np.abs(small)) < 0.02
+    assert 0.1 < np.std(large) < 0.4
