@@ -117,7 +117,8 @@ def bound(
     right. It does not hold for a scheduler that runs kernels of one batch side by side, changes a share
     inside a kernel or re-forms batches between kernels. If the service time of a batch is at least the
     sum of its kernels' times at the same share, as in a profile simulated from the same models, it is
-    never below the batch level; a profile from elsewhere may disagree with the models.
+    never below the batch level, but for the error of `fit`; a profile from elsewhere may disagree with
+    the models. The two meet where the SLO is so loose that every kernel is cheapest at the smallest share.
     """
     found = checked_services(services, profile)
     granted = granted_shares(profile, found, shares, device)
@@ -163,8 +164,10 @@ def _floors(name: str, kernels: Mapping[str, KernelTimes], batch_max: int, share
     floors = []
     for batch in range(1, batch_max + 1):
         ms = np.asarray(model.kernel_ms(batch, share))
-        good = ms.ndim == 2 and ms.shape[1] == len(share) and bool((np.isfinite(ms) & (ms >= 0)).all())
-        require(good, f"kernel_ms of {name} at batch {batch}", ms, f"finite times, 0 or more, of shape (kernels, {len(share)})")
+        shaped = ms.ndim == 2 and ms.shape[1] == len(share)
+        require(shaped, f"shape of kernel_ms of {name} at batch {batch}", ms.shape, f"(kernels, {len(share)})")
+        wrong = ms[~(ms >= 0) | np.isinf(ms)]
+        require(not len(wrong), f"kernel_ms of {name} at batch {batch}", wrong[0] if len(wrong) else 0.0, "finite, 0 or more")
         floors.append((float(ms.min(axis=1).sum()), float((share * ms).min(axis=1).sum()) / batch))
     return floors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 import dstack_lab as lab
-from dstack_lab.optimizer import feasible, scores, service_tables
+from dstack_lab.constraints import BINDINGS
+from dstack_lab.optimizer import _Choice, _fit_together, feasible, scores, service_tables
 
 PROFILE = profile(light=(1.0, 0.2, 30), heavy=(4.0, 2.0, 70), wide=(2.0, 1.0, 95))
 
@@ -49,6 +51,7 @@ def test_one_service_gets_the_best_point(objective, slo, rate, model):
         return
     plan = lab.optimize([service], PROFILE, objective)
     found = plan[model]
+    assert found.binding in BINDINGS
     ms = times.at(found.batch, found.gpu_pct)
     if rate * best[1] * times.at(best[2], best[1]) / best[2] <= 100_000:  # else it moved to a cheaper point
         assert found.batch / (found.gpu_pct * ms ** (2 if objective == "efficacy" else 1)) == pytest.approx(best[0])
@@ -74,6 +77,129 @@ def test_services_that_ask_for_too_much_move_to_cheaper_points():
     together = lab.optimize(services, PROFILE)
     assert alone > 100
     assert together.demand_pct <= 100
+    moved = [a != lab.optimize([s], PROFILE).allocations[0] for s, a in zip(services, together.allocations, strict=True)]
+    assert any(moved)
+    assert [a.binding == "GPU total" for a in together.allocations] == moved
+
+
+ladders = st.lists(
+    st.lists(st.tuples(st.floats(0.01, 1), st.floats(1, 60)), min_size=1, max_size=5).map(
+        # falling scores, falling loads
+        lambda steps: [
+            _Choice(score, load, 1, 0)
+            for score, load in zip(
+                sorted({s for s, _ in steps}, reverse=True), sorted({x for _, x in steps}, reverse=True), strict=False
+            )
+        ]
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(choices=ladders)
+def test_the_service_that_loses_least_moves_first(choices):
+    """As told in words: while they ask for more than 100, find the cheapest step anew and take it."""
+    at = [0] * len(choices)
+    while sum(c[i].load_pct for c, i in zip(choices, at, strict=True)) > 100:
+        steps = [
+            ((1 - c[i + 1].score / c[i].score) / (c[i].load_pct - c[i + 1].load_pct), k)
+            for k, (c, i) in enumerate(zip(choices, at, strict=True))
+            if i + 1 < len(c)
+        ]
+        if not steps:
+            break
+        at[min(steps)[1]] += 1
+    assert _fit_together(choices) == [c[i] for c, i in zip(choices, at, strict=True)]
+
+
+def test_a_plan_says_what_binds_in_its_table():
+    services = [lab.Service("heavy", 60, lab.Poisson(400)), lab.Service("light", 10, lab.Poisson(100))]
+    plan = lab.optimize(services, PROFILE, "capacity")
+    assert plan.to_frame()["binding"].tolist() == [a.binding for a in plan.allocations] == ["SLO: wait", "SLO: fill"]
+    by_hand = lab.Plan(
+        plan.services,
+        tuple(lab.Allocation(a.service, a.gpu_pct, a.batch, a.service_ms, a.rate_rps) for a in plan.allocations),
+        plan.tables,
+        plan.shares,
+        "mine",
+        plan.provenance,
+    )
+    assert by_hand.to_frame()["binding"].isna().all()
+    with pytest.raises(ValueError, match=r"plan\.objective = 'mine': must be one of"):
+        lab.sensitivity(by_hand)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    objective=st.sampled_from(["efficacy", "capacity"]),
+    slos=st.lists(st.floats(20, 300), min_size=3, max_size=3),
+    rates=st.lists(st.floats(1, 300), min_size=1, max_size=3),
+)
+def test_sensitivity_is_the_plan_with_one_step_taken(objective, slos, rates):
+    """Each row against the objective, the constraints and the demand of the plan with that one allocation replaced."""
+    services = [lab.Service(m, s, lab.Poisson(r)) for m, s, r in zip(("light", "heavy", "wide"), slos, rates, strict=False)]
+    try:
+        plan = lab.optimize(services, PROFILE, objective)
+    except lab.InfeasiblePlan:
+        return
+    rows = lab.sensitivity(plan)
+    expected = 0
+    for k, (service, now, times) in enumerate(zip(services, plan.allocations, plan.tables, strict=True)):
+        at = plan.shares.index(now.gpu_pct)
+        for step, batch, column in (
+            ("share down", now.batch, at - 1),
+            ("share up", now.batch, at + 1),
+            ("batch down", now.batch - 1, at),
+            ("batch up", now.batch + 1, at),
+        ):
+            row = rows[(rows["service"] == service.name) & (rows["step"] == step)]
+            if not (1 <= batch <= times.batch_max and 0 <= column < len(plan.shares)):
+                assert row.empty
+                continue
+            expected += 1
+            (row,) = row.itertuples()
+            share = plan.shares[column]
+            there = lab.Allocation(service.name, share, batch, times.at(batch, share), now.rate_rps)
+            others = [there if i == k else a for i, a in enumerate(plan.allocations)]
+            after = lab.Plan(plan.services, tuple(others), plan.tables, plan.shares, objective, plan.provenance)
+            value = scores(times, plan.shares, objective)
+            assert (row.gpu_pct, row.batch, row.service_ms) == (share, batch, there.service_ms)
+            assert row.score_lost == pytest.approx(1 - value[batch - 1, column] / value[now.batch - 1, at], abs=1e-9)
+            assert row.service_added_ms == pytest.approx(there.service_ms - now.service_ms)
+            assert row.demand_pct == pytest.approx(now.rate_rps * there.area_pct_ms / 1000)
+            assert row.demand_added_pct == pytest.approx(after.demand_pct - plan.demand_pct, abs=1e-9)
+            keeps = feasible(times, plan.shares, service.slo_ms, now.rate_rps)[batch - 1, column]
+            assert row.feasible == (keeps and after.demand_pct <= 100 + 1e-6)
+            assert (row.binding == "none") == row.feasible
+            if row.score_lost < -1e-9:
+                assert not row.feasible or now.binding == "GPU total"  # else the search would have gone there
+    assert len(rows) == expected
+
+
+def test_a_step_that_only_the_whole_gpu_forbids():
+    services = [lab.Service(m, 60, lab.Poisson(r)) for m, r in (("light", 1100), ("heavy", 160), ("wide", 250))]
+    plan = lab.optimize(services, PROFILE)
+    rows = lab.sensitivity(plan)
+    full = rows[rows["binding"] == "GPU total"]
+    assert len(full) > 0
+    assert (full["demand_added_pct"] > 100 - plan.demand_pct).all()
+    assert not full["feasible"].any()
+
+
+def test_a_plan_for_a_device_uses_what_it_grants():
+    service = lab.Service("heavy", 100, lab.Poisson(20))
+    half = SimpleNamespace(shares=lambda: [100, 50.0, 50])
+    plan = lab.optimize([service], PROFILE, device=half)
+    assert plan.shares == (50.0, 100.0)
+    assert plan["heavy"].gpu_pct in plan.shares
+    assert lab.optimize([service], PROFILE, shares=[50], device=half).shares == (50.0,)
+    thirds = SimpleNamespace(shares=lambda: (33.33, 66.67, 100.0))
+    found = lab.optimize([service], PROFILE, device=thirds)
+    best = brute_force(service, found.tables[0], thirds.shares(), "efficacy")
+    assert (found["heavy"].gpu_pct, found["heavy"].batch) == best[1:]
+    assert found["heavy"].service_ms == found.tables[0].at(best[2], best[1])
 
 
 def test_overload_is_refused_with_who_asks_for_what_or_planned_for_its_admitted_part():
@@ -132,6 +258,11 @@ def test_no_policy_beats_the_bound(seed, load, which):
         ({"objective": "best"}, "objective = 'best'"),
         ({"overload": "hope"}, "overload = 'hope'"),
         ({"shares": [0]}, "shares = 0"),
+        ({"shares": []}, r"shares = \(\): must be 1 or more GPU% from 1 to 100"),
+        ({"shares": [101]}, "shares = 101: must be a GPU% from 1 to 100"),
+        ({"shares": [float("nan")]}, "shares = nan: must be a GPU% from 1 to 100"),
+        ({"shares": [40], "device": SimpleNamespace(shares=lambda: (50, 100))}, r"shares = 40\.0: must be granted by the device"),
+        ({"device": object()}, r"device = .*: must be a device: an object whose shares\(\)"),
         ({"services": [lab.Service("gpt", 50, lab.Poisson(1))]}, "model of gpt = 'gpt': must be one of heavy, light, wide"),
         ({"services": [lab.Service("light", 50, lab.Poisson(1))] * 2}, "distinct"),
     ],
@@ -140,6 +271,20 @@ def test_bad_input_is_named(arguments, message):
     good = {"services": [lab.Service("light", 50, lab.Poisson(1))], "profile": PROFILE}
     with pytest.raises(ValueError, match=message):
         lab.optimize(**{**good, **arguments})
+
+
+def test_what_cannot_even_be_asked():
+    """Each is refused where it is made, before any plan."""
+    with pytest.raises(ValueError, match="rate_rps = 0: must be a finite number above 0"):
+        lab.Poisson(0)
+    with pytest.raises(ValueError, match="slo_ms = inf: must be a finite number above 0"):
+        lab.Service("light", float("inf"), lab.Poisson(1))
+    columns = ["model", "batch", "gpu_pct", "service_ms"]
+    with pytest.raises(ValueError, match="table rows = 0: must be 1 or more"):
+        lab.Profile(pd.DataFrame([], columns=columns), SIMULATED)
+    alone = lab.Profile(pd.DataFrame([("light", 1, 100, 5.0)], columns=columns), SIMULATED)
+    with pytest.raises(ValueError, match="points of light = 1: must be 2 or more"):
+        lab.optimize([lab.Service("light", 50, lab.Poisson(1))], alone)
 
 
 def test_a_noisy_profile_still_gives_a_monotone_plan_table():
