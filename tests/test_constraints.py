@@ -57,6 +57,12 @@ def test_each_word_by_hand(word, times, shares, slo, rate, objective, point):
     assert binding(times, shares, slo, rate, *point, objective) == word
 
 
+@pytest.mark.parametrize("share", [1.0, 40.0, 100.0])
+def test_where_gpu_time_is_the_same_at_any_share_and_batch_nothing_binds(share):
+    """Beyond 1 and 100 GPU% too, where the time goes on as it went."""
+    assert binding(in_proportion(), (share,), 1e6, 1e-3, 1, share, "capacity") == "none"
+
+
 def test_a_better_point_that_is_free_is_kept_away_by_the_others():
     assert binding(table(), (20.0, 40.0, 60.0), 100, 1000, 3, 40.0, "efficacy") == "GPU total"
 
