@@ -90,9 +90,10 @@ def _service(text: str) -> Service:
     """Read ``model:slo_ms:rate_rps``."""
     try:
         model, slo, rate = text.rsplit(":", 2)
-        return lab.Service(model, float(slo), lab.Poisson(float(rate)))
+        service: Service = lab.Service(model, float(slo), lab.Poisson(float(rate)))
     except ValueError as error:
         raise ValueError(f"service = {text!r}: must be model:slo_ms:rate_rps, such as resnet18:200:5 ({error})") from error
+    return service
 
 
 def _numbers(kind: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:

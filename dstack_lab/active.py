@@ -28,7 +28,6 @@ _NEAR_KNEE, _NEAR_BEST, _SLOW = 1.2, 2.0, 0.2
 
 #: Room between the measured shares that doubles a point's weight, as a standard deviation [log units].
 _WIDE = 0.05
-W = 1.0
 
 #: A point that promises this part of the best efficacy may turn out to be the operating point.
 _RIVAL = 0.6
@@ -172,7 +171,7 @@ def _weights(model: GpuModel, b: Floats, g: Floats, slo_ms: float | None, point:
         here = b == batch
         weights[here & (((g >= knee.low) & (g <= knee.high)) | (g == shares[-1]))] = _NEAR_KNEE
     below, above = model.room(b, g)
-    weights *= 1 + W * ((below + above) / _WIDE) ** 2 / 12
+    weights *= 1 + ((below + above) / _WIDE) ** 2 / 12
     if slo_ms is not None:
         ms = np.asarray(model.predict(b, g))
         weights[ms > slo_ms] *= _SLOW

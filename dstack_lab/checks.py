@@ -15,7 +15,7 @@ def require(ok: bool, field: str, value: object, allowed: str) -> None:
         As ``field = value: must be allowed``.
     """
     if not ok:
-        value = value.item() if hasattr(value, "item") else value  # a numpy scalar prints as the number it is
+        value = value.item() if getattr(value, "ndim", None) == 0 else value  # type: ignore[attr-defined]  # prints as a number
         raise ValueError(f"{field} = {value!r}: must be {allowed}")
 
 

@@ -81,9 +81,10 @@ class Calibration:
         count("calibration.max_split", self.max_split)
 
 
-#: The V100's constants fit public measurements of 2019 (benchmarks/accuracy_kernels.py), whose
-#: libraries did not cut depths. The others are not fitted: they take these over, but for shorter
-#: gaps on later GPUs, and the T4's clock at its 70 W limit.
+#: The V100's constants fit public measurements of 2019 (benchmarks/accuracy_kernels.py); without
+#: cutting depths they fit best, perhaps because the libraries of that year did not. The others are
+#: not fitted: they take these over, but for shorter gaps on later GPUs, and the T4's clock at its
+#: 70 W limit; both are assumptions.
 CALIBRATIONS = {
     "P100": Calibration(),
     "V100": Calibration(max_split=1),

@@ -89,8 +89,9 @@ class KernelModel:
 
         Parameters
         ----------
-        batch : int or array of int
-            1 or more.
+        batch : float or array
+            1 or more; between two whole batches the time is interpolated, so that the model can be the
+            ``prior`` of `lab.fit`.
         gpu_pct : float or array
             From 1 to 100; broadcast against `batch`.
 
@@ -99,11 +100,15 @@ class KernelModel:
         float or numpy.ndarray
             A float if both are scalars, else an array of their common shape.
         """
-        batches, shares = np.broadcast_arrays(np.asarray(batch), np.asarray(gpu_pct, dtype=float))
+        batches, shares = np.broadcast_arrays(np.asarray(batch, dtype=float), np.asarray(gpu_pct, dtype=float))
+        good = np.isfinite(batches) & (batches >= 1)
+        require(bool(good.all()), "batch", None if good.all() else float(batches[~good].flat[0]), "1 or more")
         out = np.empty(batches.shape)
         for value in np.unique(batches):
-            here = batches == value
-            out[here] = self._service_ms(value, shares[here])
+            here, whole = batches == value, int(value)
+            out[here] = self._service_ms(whole, shares[here])
+            if value > whole:
+                out[here] += (value - whole) * (self._service_ms(whole + 1, shares[here]) - out[here])
         return float(out) if out.ndim == 0 else out
 
     def kernel_ms(self, batch: int, gpu_pct: ArrayLike) -> np.ndarray:

@@ -67,7 +67,7 @@ def measure(
         GPU% to time; all that the device can grant by default.
     budget : int, optional
         Points to measure per network, 2 or more, each chosen where it tells most about the knee.
-        All of batches x shares by default.
+        All of batches x shares by default. The provenance then says how sure that is.
     progress : bool
         Show a bar, if tqdm is installed.
     seconds_per_point : float
@@ -125,7 +125,9 @@ def measure(
             if budget is None:
                 rows += [bench.point(name, batch, share) for share in shares for batch in batches]
             else:
-                rows += _chosen(bench, name, batches, shares, budget, slo_ms)
+                found, doubt = _chosen(bench, name, batches, shares, budget, slo_ms)
+                rows += found
+                marks += (doubt,)
     return _profile(rows, device, marks)
 
 
@@ -213,8 +215,8 @@ def _digest(windows: list[Point], stable: bool, cores: int | None) -> Point:
 
 def _chosen(
     bench: _Bench, model: str, batches: tuple[int, ...], shares: tuple[float, ...], budget: int, slo_ms: float | None
-) -> list[Point]:
-    """Let `active.choose_points` say where to measure next."""
+) -> tuple[list[Point], str]:
+    """Let `active.choose_points` say where to measure next, and how sure it is in the end."""
     from dstack_lab import active  # brings scipy along, which plain sweeps need not
 
     rows: dict[tuple[int, float], Point] = {}
@@ -223,8 +225,8 @@ def _chosen(
         row = rows[int(batch), float(gpu_pct)] = bench.point(model, int(batch), float(gpu_pct))
         return float(row["service_ms"])
 
-    active.choose_points(look, batches, shares, budget, slo_ms)
-    return list(rows.values())
+    choice = active.choose_points(look, batches, shares, budget, slo_ms)
+    return list(rows.values()), f"budget: {model}: {choice}"
 
 
 def _profile(rows: list[Point], device: Device, marks: tuple[str, ...]) -> Profile:

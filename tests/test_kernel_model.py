@@ -198,7 +198,8 @@ def test_wrong_arguments_are_named(change, says):
 
 
 @pytest.mark.parametrize(
-    ("batch", "share", "says"), [(0, 50, "batch = 0"), (1.5, 50, "batch = 1.5"), (1, 0, "gpu_pct"), (1, 101, "gpu_pct")]
+    ("batch", "share", "says"),
+    [(0, 50, "batch = 0"), (0.5, 50, "batch = 0.5"), (float("nan"), 50, "batch = nan"), (1, 0, "gpu_pct"), (1, 101, "gpu_pct")],
 )
 def test_a_point_outside_the_range_is_refused(batch, share, says):
     with pytest.raises(ValueError, match=says):
@@ -210,6 +211,12 @@ def test_a_constant_must_be_positive():
         Calibration(kernel_us=0)
     assert KernelModel(kernels("alexnet"), dataclasses.replace(H200, name="NVIDIA H200")).calibration == CALIBRATIONS["H200"]
     assert KernelModel(kernels("alexnet"), dataclasses.replace(H200, name="B300")).calibration == Calibration()
+
+
+def test_between_whole_batches_lies_between_their_times():
+    model = KernelModel(kernels("alexnet"), V100)
+    assert model.predict(2.5, 50) == pytest.approx((model.predict(2, 50) + model.predict(3, 50)) / 2)
+    assert model.predict([1.0, 4.0], 50).tolist() == model.predict([1, 4], 50).tolist()
 
 
 def test_eager_execution_is_never_faster():

@@ -203,6 +203,7 @@ def test_a_budget_limits_the_points():
     device = ScriptedDevice(lambda b, s, n: (5 + b) / min(s, 60))
     profile = run(device, batches=(1, 2, 4, 8, 16), budget=6)
     assert len(points(device)) == 6 == len(profile.table)
+    assert any(mark.startswith("budget: alexnet: 6 points; service time to about") for mark in profile.provenance.marks)
     assert set(points(device)) <= {("alexnet", b, s) for b in (1, 2, 4, 8, 16) for s in (25, 50, 100)}
 
 

@@ -155,10 +155,10 @@ def _sum(launches: list[Launch]) -> float:
 
 
 def _ladders(plan: Plan, period: PeriodPlan) -> dict[str, tuple[float, ...]]:
-    """Shares of each service, largest first: the plan's, that of its windows, and one between."""
+    """Shares of each service, largest first: the plan's if it is larger, that of its windows, and one between."""
     ladders = {}
     for wanted, placed in zip(plan.allocations, period.allocations, strict=True):
         between = [s for s in plan.shares if placed.gpu_pct < s < wanted.gpu_pct]
         middle = between[len(between) // 2 :][:1]
-        ladders[placed.service] = tuple(sorted({wanted.gpu_pct, *middle, placed.gpu_pct}, reverse=True))
+        ladders[placed.service] = tuple(sorted({max(wanted.gpu_pct, placed.gpu_pct), *middle, placed.gpu_pct}, reverse=True))
     return ladders

@@ -56,7 +56,7 @@ def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
     the share of the plan, sized for the requests that come between two of them. They are placed
     earliest deadline first, at the earliest time where the shares never exceed 100 % and no two
     windows of one service overlap. What cannot be placed gives way, by the smallest loss of GPU time
-    first: a service's share is lowered one step, or its windows come more often with smaller batches.
+    first: a service gets another share, or its windows come more often with smaller batches.
     With `reject`, windows for a part of the load will do.
 
     Raises
@@ -138,7 +138,7 @@ def _options(
 ) -> list[_Option]:
     """Ways to give a service its windows: the plan's share first, then the rest by the GPU time they reserve."""
     found = []
-    for share in (s for s in shares if s <= point.gpu_pct):
+    for share in shares:
         for windows in range(1, MOST_WINDOWS + 1):
             batch = max(1, math.ceil(headroom * point.rate_rps * period / 1000 / windows - EPSILON_MS))
             if batch > table.batch_max:
