@@ -21,8 +21,8 @@ from dstack_lab.traces import EVENTS, OUTCOMES, Trace
 
 #: Room for the rounding of shares such as 33.33 three times.
 SHARE_SLACK = 0.02
-#: Numbers per launch in the log; the end is the fifth.
-FIELDS, END = 7, 4
+#: Numbers per launch in the log; the end is the fifth, the share the sixth.
+FIELDS, END, SHARE = 7, 4, 5
 
 
 class PolicyError(RuntimeError):
@@ -149,14 +149,19 @@ class Ledger:
         self.waiting_total -= decision.requests
         return view
 
-    def finish(self, number: int, end_ns: int | None = None) -> ServiceView:
-        """End a launch and free its share; `end_ns` replaces the predicted end [ns]. Return its service's view."""
+    def finish(self, number: int, end_ns: int | None = None, granted_pct: float | None = None) -> ServiceView:
+        """End a launch and free its share. Return its service's view.
+
+        `end_ns` replaces the predicted end [ns], `granted_pct` the share it asked for.
+        """
         state = self.state
         view, share, _, _, _ = state._running.pop(number)
         view.in_flight -= 1
         state.free_pct = state.free_pct + share if state._running else 100.0  # exact again whenever the GPU is empty
         if end_ns is not None:
             self._log[number * FIELDS + END] = end_ns
+        if granted_pct is not None:
+            self._log[number * FIELDS + SHARE] = granted_pct
         return view
 
     def requeue(self, number: int) -> tuple[int, int]:
@@ -217,7 +222,7 @@ class Ledger:
                 "service": _coded(which, names),
                 "start_ms": log[:, 3] / NS_PER_MS,
                 "end_ms": log[:, END] / NS_PER_MS,
-                "gpu_pct": log[:, 5],
+                "gpu_pct": log[:, SHARE],
                 "batch": batch,
                 "knee_pct": self._knees(which, batch),
                 "note": _coded(log[:, 6].astype(np.int64), self._notes),

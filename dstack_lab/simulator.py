@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstack_lab.checks import count, positive, require
+from dstack_lab.contention import Contention, Load
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.policies.base import Policy
 from dstack_lab.provenance import Provenance, versions_here
@@ -47,7 +48,14 @@ def open_ledger(plan: Plan, policy: Policy, duration_ms: float, seed: int) -> Le
     return Ledger(plan, sample_arrivals(plan, duration_ms, seed), waits, policy.oversubscribes)
 
 
-def simulate(plan: Plan, policy: Policy, duration_ms: float, seed: int = 0, variability: Variability | None = None) -> Trace:
+def simulate(
+    plan: Plan,
+    policy: Policy,
+    duration_ms: float,
+    seed: int = 0,
+    variability: Variability | None = None,
+    contention: Contention | None = None,
+) -> Trace:
     """Simulate `policy` on `plan`.
 
     Parameters
@@ -62,10 +70,15 @@ def simulate(plan: Plan, policy: Policy, duration_ms: float, seed: int = 0, vari
     variability : Variability, optional
         How service times scatter around their prediction, such as ``Lognormal(cv=0.1)``; by default
         they are as predicted.
+    contention : Contention, optional
+        What launches cost each other. By default nothing on shares that fit side by side, and
+        ``Contention()`` for a policy that oversubscribes the GPU.
 
     Returns
     -------
     Trace
+        Of a policy that oversubscribes, ``gpu_pct`` is not the share a launch asked for but what it
+        got on average: of the share it could use, the part of the time that it ran.
 
     Raises
     ------
@@ -78,12 +91,18 @@ def simulate(plan: Plan, policy: Policy, duration_ms: float, seed: int = 0, vari
         ``trace`` holds the run so far.
     """
     require(variability is None or isinstance(variability, Variability), "variability", variability, "None or Lognormal(cv=0.1)")
+    require(contention is None or isinstance(contention, Contention), "contention", contention, "None or Contention()")
     ledger = open_ledger(plan, policy, duration_ms, seed)
+    if contention is None and ledger.oversubscribe:
+        contention = Contention()
     ledger.factors = None if variability is None else _factors(variability, seed)
     made = plan.provenance
     provenance = Provenance("simulated", made.device, "model", versions_here("dstack-lab", "numpy"), made.date, made.marks)
     try:
-        _run(ledger, policy, round(duration_ms * NS_PER_MS))
+        if contention is None:
+            _run(ledger, policy, round(duration_ms * NS_PER_MS))
+        else:
+            _run_beside(ledger, policy, round(duration_ms * NS_PER_MS), contention)
     except RuleBroken as broken:
         trace = ledger.to_trace(duration_ms, policy.name, seed, provenance)
         raise PolicyError(str(broken), trace) from broken.__cause__
@@ -128,3 +147,81 @@ def _run(ledger: Ledger, policy: Policy, duration_ns: int) -> None:
             _, kind, key = heappop(heap)
         if ask:
             take()
+
+
+def _run_beside(ledger: Ledger, policy: Policy, duration_ns: int, contention: Contention) -> None:
+    """As `_run`, with ends that move whenever a launch starts or ends: slower, so apart from it."""
+
+    def on_launch(number: int, end: int, _: Launch) -> None:
+        crowd.join(number, end)
+
+    turns = Turns(ledger, policy, on_launch)
+    heap, state = turns.heap, ledger.state
+    crowd = _Crowd(ledger, contention, heap)
+    stall_ns = STALL_SLOS * max(view.slo_ns for view in state.services)
+    while heap and (ledger.waiting_total or state._running):
+        now = heap[0][0]
+        if now > duration_ns and not state._running and (now == NEVER_NS or now > max(duration_ns, turns.launched_ns) + stall_ns):
+            break
+        state.now_ns = now
+        ask = False
+        while heap and heap[0][0] == now:
+            _, kind, key = heappop(heap)
+            ask = (crowd.leave(key) if kind == END else turns.happen(now, kind, key)) or ask
+        if ask:
+            turns.take()
+        crowd.retime()
+
+
+class _Crowd:
+    """Launches that run beside each other: how much of each is left, and when it will end."""
+
+    def __init__(self, ledger: Ledger, contention: Contention, heap: list[tuple[int, int, int]]) -> None:
+        self._ledger, self._contention, self._heap = ledger, contention, heap
+        self._loads: dict[int, Load] = {}  # by number of the launch, as `_left`, `_pace` and `_ends`
+        self._left: dict[int, float] = {}  # time alone that is still to run [ns], at `_since_ns`
+        self._pace: dict[int, float] = {}  # time alone per time beside the others
+        self._ends: dict[int, int] = {}
+        self._whole: dict[int, float] = {}
+        self._since_ns = 0
+        self._changed = False
+        self._knees: dict[tuple[int, int], float] = {}
+
+    def join(self, number: int, end: int) -> None:
+        view, share, batch, start, predicted = self._ledger.state._running[number]
+        table = self._ledger.plan.tables[view.index]
+        knee = self._knees.get((view.index, batch))
+        if knee is None:
+            knee = self._knees[view.index, batch] = table.knee_pct(batch)
+        self._loads[number] = Load(table, batch, share, (predicted - start) / NS_PER_MS, min(knee, share))
+        self._whole[number] = end - start
+        self._changed = True
+
+    def leave(self, number: int) -> bool:
+        """End a launch, unless its end has moved since this event was queued."""
+        now = self._ledger.state.now_ns
+        if self._ends.get(number) != now:
+            return False
+        whole, knee = self._whole.pop(number), self._loads.pop(number).knee_pct
+        start = self._ledger.state._running[number][3]
+        granted = knee * min(whole / (now - start), 1.0) if self._ledger.oversubscribe else None
+        self._ledger.finish(number, now, granted)
+        for book in (self._left, self._pace, self._ends):
+            del book[number]
+        self._changed = True
+        return True
+
+    def retime(self) -> None:
+        """After launches have started or ended, move the ends of those that run."""
+        if not self._changed:
+            return
+        self._changed = False
+        now, left, pace = self._ledger.state.now_ns, self._left, self._pace
+        gone, self._since_ns = now - self._since_ns, now
+        for number, stretch in zip(self._loads, self._contention.stretch([*self._loads.values()]), strict=True):
+            before = pace.get(number)
+            left[number] = self._whole[number] if before is None else max(left[number] - gone * before, 0.0)
+            pace[number] = new = 1 / stretch
+            if new != before:
+                self._ends[number] = end = max(now + round(left[number] / new), now + 1)
+                heappush(self._heap, (end, END, number))

@@ -14,9 +14,10 @@ from heapq import heappush
 
 from dstack_lab.ledger import Ledger
 from dstack_lab.policies.base import Policy
-from dstack_lab.state import NEVER_NS, NS_PER_MS, Drop, Launch, ServiceView, Wake
+from dstack_lab.state import INFINITE, NEVER_NS, NS_PER_MS, Drop, Launch, ServiceView, Wake
 
 END, READY, WAKE, ARRIVAL = range(4)
+NO_LIMIT = -INFINITE
 #: Turns of a policy at one instant before it is stopped as endless.
 TURNS = 1000
 
@@ -44,6 +45,7 @@ class Turns:
         self.on_launch = on_launch
         self.heap: list[tuple[int, int, int]] = []  # (time [ns], kind, launch or service)
         self.launched_ns = 0  # time of the last launch
+        self.needs_pct = NO_LIMIT if policy.oversubscribes else policy.needs_pct  # nothing is ever free then
         self._last_ns, self._turns = -1, 0
         self._decide, self._launch, self._refresh = policy.decide, ledger.launch, ledger.refresh
         for view in self.state.services:
@@ -64,7 +66,7 @@ class Turns:
             if view.ready or view._ready_ns > now:  # its queue has moved on since
                 return False
             view.ready, view.due_ms = True, view.oldest_deadline_ms
-            return self.state.free_pct >= self.policy.needs_pct
+            return self.state.free_pct >= self.needs_pct
         if kind == ARRIVAL:
             view = self.state.services[key]
             following = view._arrivals[view._head + view.waiting]
