@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from accuracy_kernels import results
 
 from dstack_lab.active import choose_points
 from dstack_lab.files import whole_file
@@ -38,6 +39,7 @@ def main() -> None:
     rows: list[Row] = []
     if asked.data.is_dir():
         rows += public_rows(asked.data)
+        rows += bottom_up_rows(asked.data)
     else:
         print(f"The public tables are not at {asked.data}: their rows are left out.")
     for path in asked.profile:
@@ -53,6 +55,14 @@ def main() -> None:
         with whole_file(asked.out) as temporary:
             table.to_csv(temporary, index=False, float_format="%.2f")
         print(f"Saved {asked.out}")
+
+
+def bottom_up_rows(data: Path) -> Iterator[Row]:
+    """The rows of accuracy_kernels.py: the model that needs no measurement of the network."""
+    for found in results(data).itertuples():
+        target = "" if pd.isna(found.reach) else f"{'>=' if found.reach > 0.5 else '<='} {100 * found.reach:.0f} %"
+        met = ("yes" if found.reached else "NO") if target else ""
+        yield f"bottom-up: {found.figure.strip()}", "", target, 100 * float(found.value), met
 
 
 def public_rows(data: Path) -> Iterator[Row]:
