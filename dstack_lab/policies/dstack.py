@@ -90,14 +90,16 @@ class DStack(Policy):
         if not self.blocked and self.calendar.next_ms > now + EPSILON_MS:
             return
         due, self.blocked = self.blocked + self.calendar.take_due(now), []
+        started = set[str]()  # a window that was blocked and the next one of its service may be due together
         for window in due:
             service = state[window.service]
-            if service.in_flight or not (batch := self._batch(service, now, window.gpu_pct)):
+            if service.in_flight or window.service in started or not (batch := self._batch(service, now, window.gpu_pct)):
                 continue
             if not service.ready and service.oldest_deadline_ms >= window.next_end_ms:
                 continue  # the next window serves it in time, with a fuller batch
             if window.gpu_pct <= state.free_pct - _sum(launches) + EPSILON_MS:
                 self._launch(service, batch, window.gpu_pct, now, "planned", launches)
+                started.add(window.service)
             elif now < window.end_ms:  # on a real device an earlier launch may run longer than predicted
                 self.blocked.append(window)
 
