@@ -27,6 +27,10 @@ _HOMES = {
     "policies": ("DStack", "Drop", "Launch", "Policy", "Temporal", "Wake"),
     "simulator": ("simulate",),
     "ledger": ("PolicyError",),
+    "workloads": ("scaled", "workload"),
+    "experiments": ("compare", "sweep"),
+    "capacity": ("MaxLoad", "max_load"),
+    "validation": ("validate",),
     "profiler": ("measure",),
     "runner": ("run",),
 }

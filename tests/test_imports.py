@@ -15,8 +15,8 @@ PACKAGE = Path(dstack_lab.__file__).parent
 
 #: Floor -> rooms (a file or a folder of the package). A half floor holds helpers of the floor above it.
 FLOORS: dict[float, str] = {
-    -1: "checks files protocol",
-    -0.5: "provenance",
+    -1: "checks digests files protocol",
+    -0.5: "cells provenance",
     0: "arrivals profiles traces variability",
     0.5: "bert brackets monotone operations",
     0.7: "fusion",
@@ -24,11 +24,11 @@ FLOORS: dict[float, str] = {
     1.5: "chrome_trace constraints contention kernel_cost kriging state surface",
     2: "gpu_model kernel_model metrics",
     2.5: "bounds",
-    3: "active ledger optimizer policies",
-    3.5: "turns",
+    3: "active ledger optimizer policies workloads",
+    3.5: "admission turns",
     4: "devices simulator",
-    4.5: "fleet",
-    5: "worker",
+    4.5: "fleet trials",
+    5: "capacity experiments validation worker",
     6: "profiler runner",
     7: "figures",
     8: "exercises panels",

@@ -1,0 +1,117 @@
+"""Simulation against reality: a recorded run's requests through the simulator, and the errors that remain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+import dstack_lab.policies as policies
+from dstack_lab.arrivals import Poisson, Replay
+from dstack_lab.bounds import service_tables
+from dstack_lab.checks import require
+from dstack_lab.contention import Contention
+from dstack_lab.metrics import summary
+from dstack_lab.optimizer import optimize
+from dstack_lab.policies.base import Policy
+from dstack_lab.profiles import Profile
+from dstack_lab.services import Plan, Service
+from dstack_lab.simulator import simulate
+from dstack_lab.traces import Trace
+from dstack_lab.variability import Variability
+
+#: Error of rates and times as a part of what was recorded; of fractions as a difference.
+RELATIVE = ("goodput_rps", "p99_ms")
+ABSOLUTE = ("slo_attainment", "utilization")
+
+
+def validate(
+    trace: Trace,
+    profile: Profile,
+    policy: Policy | None = None,
+    plan: Plan | None = None,
+    variability: Variability | None = None,
+    contention: Contention | None = None,
+) -> pd.DataFrame:
+    """Replay a run's requests through the simulator and say how far its numbers are from those recorded.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of `run`, or of `simulate`.
+    profile : Profile
+        Service times to simulate with: those measured on the machine of the run.
+    policy : Policy, optional
+        The run's, with its parameters. By default the policy of that name with its default parameters: a
+        trace knows no more than the name.
+    plan : Plan, optional
+        The run's: its shares, batches and planned rates are kept, its service times come from `profile`. By
+        default the plan that `optimize` makes from `profile` for the services and rates of the run.
+    variability : Variability, optional
+        How service times scatter; see `simulate`.
+    contention : Contention, optional
+        What launches cost each other; see `simulate`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per service and one for all. For ``goodput_rps``, ``p99_ms``, ``slo_attainment`` and
+        ``utilization``: the recorded value, ``..._simulated`` and ``..._error``: simulated over recorded, less
+        one, for goodput and p99; simulated less recorded for the two fractions. An error above 0
+        means that the simulation says more. ``attrs["provenance"]`` holds both origins.
+
+    Raises
+    ------
+    ValueError
+        If the policy's name is not one of this package's and no policy is given; if the plan or the
+        profile does not fit the run.
+    InfeasiblePlan
+        If no plan fits the run's rates; pass the run's own.
+    """
+    require(isinstance(trace, Trace), "trace", type(trace).__name__, "a Trace")
+    if policy is None:
+        kind = getattr(policies, trace.policy, None)
+        known = isinstance(kind, type) and issubclass(kind, Policy)
+        require(known, "trace.policy", trace.policy, "the name of a policy of dstack_lab: pass policy=")
+        policy = kind()  # type: ignore[misc]
+    again = simulate(_replayed(trace, profile, plan), policy, trace.duration_ms, trace.seed, variability, contention)
+    recorded, simulated = summary(trace), summary(again)
+    table = recorded[["service"]].copy()
+    for metric in (*RELATIVE, *ABSOLUTE):
+        was, says = recorded[metric], simulated[metric]
+        table[metric], table[f"{metric}_simulated"] = was, says
+        # nothing recorded and nothing simulated agree; nothing recorded has no relative error otherwise
+        parts = (says / was.where(was > 0) - 1).where(says != was, 0.0)
+        table[f"{metric}_error"] = parts if metric in RELATIVE else says - was
+    table.attrs["provenance"] = (trace.provenance, again.provenance)
+    return table
+
+
+def _replayed(trace: Trace, profile: Profile, plan: Plan | None) -> Plan:
+    """Return the plan of the run with its very requests."""
+    asked = [
+        Service(str(model), float(slo), Poisson(float(rate)), str(name))
+        for name, model, slo, rate in trace.services[["service", "model", "slo_ms", "rate_rps"]].itertuples(index=False)
+    ]
+    if plan is None:
+        plan = optimize(asked, profile, overload="reject")
+    else:
+        names, planned = [s.name for s in asked], [s.name for s in plan.services]
+        require(names == planned, "plan.services", planned, f"those of the trace, in their order: {names}")
+        for service in asked:
+            require(service.model in profile.models, f"model of {service.name}", service.model, f"one of {profile.models}")
+    times = dict(list(trace.requests.groupby("service", observed=False)["arrival_ms"]))
+    # a request in the last nanosecond was rounded up to the end, where the simulator would not take it
+    last = np.nextafter(trace.duration_ms, 0)
+    silent = Replay(np.array([trace.duration_ms]))  # arrives when the run is over
+    services = tuple(
+        replace(s, arrivals=Replay(np.minimum(np.sort(times[s.name]), last)) if len(times.get(s.name, ())) else silent)
+        for s in asked
+    )
+    tables = service_tables(asked, profile)
+    for allocation, table in zip(plan.allocations, tables, strict=True):
+        most = f"at most {table.batch_max}, the largest in the profile"
+        require(allocation.batch <= table.batch_max, f"batch of {allocation.service}", allocation.batch, most)
+    allocations = tuple(replace(a, service_ms=t.at(a.batch, a.gpu_pct)) for a, t in zip(plan.allocations, tables, strict=True))
+    return replace(plan, services=services, allocations=allocations, tables=tables, provenance=profile.provenance)
