@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstack_lab.checks import count, positive, require
+from dstack_lab.compiled import Engine, choose, simulate_compiled
 from dstack_lab.contention import Contention, Load
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.policies.base import Policy
@@ -39,13 +40,19 @@ def open_ledger(plan: Plan, policy: Policy, duration_ms: float, seed: int) -> Le
     InfeasiblePlan
         If the policy cannot schedule the plan.
     """
+    _check(plan, policy, duration_ms, seed)
+    if (rewrite := getattr(policy, "rewrite", None)) is not None:  # an ideal schedules other launches than a plan's
+        plan = rewrite(plan)
+    policy.reset(plan)
+    waits = [policy.wait_ms(a, s.slo_ms) for a, s in zip(plan.allocations, plan.services, strict=True)]
+    return Ledger(plan, sample_arrivals(plan, duration_ms, seed), waits, policy.oversubscribes)
+
+
+def _check(plan: Plan, policy: Policy, duration_ms: float, seed: int) -> None:
     require(isinstance(plan, Plan), "plan", type(plan).__name__, "a Plan")
     require(isinstance(policy, Policy), "policy", policy, "a Policy object such as Temporal()")
     positive("duration_ms", duration_ms)
     count("seed", seed, least=0)
-    policy.reset(plan)
-    waits = [policy.wait_ms(a, s.slo_ms) for a, s in zip(plan.allocations, plan.services, strict=True)]
-    return Ledger(plan, sample_arrivals(plan, duration_ms, seed), waits, policy.oversubscribes)
 
 
 def simulate(
@@ -55,6 +62,7 @@ def simulate(
     seed: int = 0,
     variability: Variability | None = None,
     contention: Contention | None = None,
+    engine: Engine = "auto",
 ) -> Trace:
     """Simulate `policy` on `plan`.
 
@@ -73,6 +81,10 @@ def simulate(
     contention : Contention, optional
         What launches cost each other. By default nothing on shares that fit side by side, and
         ``Contention()`` for a policy that oversubscribes the GPU.
+    engine : {"auto", "python", "compiled"}
+        "compiled" gives the same trace, an order of magnitude sooner, for `DStack` and `Temporal` where
+        numba is installed, without `variability` and `contention`. "auto" compiles runs of more than a
+        million requests; where it cannot, ``provenance.marks`` of the trace says why.
 
     Returns
     -------
@@ -92,12 +104,22 @@ def simulate(
     """
     require(variability is None or isinstance(variability, Variability), "variability", variability, "None or Lognormal(cv=0.1)")
     require(contention is None or isinstance(contention, Contention), "contention", contention, "None or Contention()")
+    _check(plan, policy, duration_ms, seed)
+    as_predicted = variability is None and contention is None and not policy.oversubscribes
+    compiled, marks = choose(engine, plan, policy, duration_ms, as_predicted)
+    made = plan.provenance
+    versions = versions_here("dstack-lab", "numpy")
+    provenance = Provenance("simulated", made.device, "model", versions, made.date, (*made.marks, *marks))
+    if compiled:
+        policy.reset(plan)
+        arrivals = sample_arrivals(plan, duration_ms, seed)
+        trace = simulate_compiled(plan, policy, duration_ms, seed, arrivals, STALL_SLOS, provenance)
+        if trace is not None:
+            return trace
     ledger = open_ledger(plan, policy, duration_ms, seed)
     if contention is None and ledger.oversubscribe:
         contention = Contention()
     ledger.factors = None if variability is None else _factors(variability, seed)
-    made = plan.provenance
-    provenance = Provenance("simulated", made.device, "model", versions_here("dstack-lab", "numpy"), made.date, made.marks)
     try:
         if contention is None:
             _run(ledger, policy, round(duration_ms * NS_PER_MS))

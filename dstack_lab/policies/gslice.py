@@ -1,0 +1,116 @@
+"""GSLICE: a fixed slice of the GPU for each service, batches and slices that adapt."""
+
+from __future__ import annotations
+
+from dstack_lab.checks import positive
+from dstack_lab.policies.base import Decision, GpuState, Launch, Policy, ServiceView
+from dstack_lab.policies.batching import Stopwatch, adapted_batch, drop_lost
+from dstack_lab.services import InfeasiblePlan, Plan
+
+#: A recommended share closer than this to the present one [GPU%] is ignored; others need this many equal ones in a row.
+IGNORED_PCT, AGREEING = 3.0, 5
+
+
+class Gslice(Policy):
+    """Disjoint shares in proportion to the knees; each service runs in its own, undisturbed.
+
+    *Rule*, after Dhakal, Kulkarni, Ramakrishnan (SoCC 2020). Shares: each network's knee, scaled down
+    together if they exceed 100 %. Batch: learnt from how long batches take; within 10 % of the limit it
+    stays, above it shrinks by the excess over the time per request, below it grows by the headroom over
+    it, to 64 at most. Share: after each full batch one is recommended, to match the arrival rate while
+    the queue grows, else to use up the headroom in the SLO; a difference below 3 % is ignored, and the
+    fifth equal recommendation in a row is applied, one service at a time. On a device the switch is to
+    a prepared standby, so the GPU never waits for it. It never drops.
+
+    *Needs to know* the knees; service times are learnt. *Wins* by isolation: a service within its slice
+    is not disturbed, and networks that cannot use the GPU run side by side. *Breaks* when load moves
+    between services faster than slices do: what is idle in one slice serves nobody else.
+
+    Parameters
+    ----------
+    shares : dict of str to float, optional
+        Slices to start from [GPU%] instead of those in proportion to the knees; together at most 100.
+    resize : bool
+        Whether recommendations are applied.
+    slo_part : float
+        Part of the SLO that a batch may take; the system's is all of it, which leaves none for waiting.
+    drop_late : bool
+        Drop requests that can no longer meet their deadline; the system itself never does.
+    """
+
+    def __init__(
+        self, shares: dict[str, float] | None = None, resize: bool = True, slo_part: float = 1.0, drop_late: bool = False
+    ) -> None:
+        self.start, self.resize, self.drop_late = shares, resize, drop_late
+        self.slo_part = positive("slo_part", slo_part)
+
+    def reset(self, plan: Plan) -> None:
+        """Cut the GPU."""
+        self.steps = plan.shares
+        self.share = self._slices(plan)
+        self.batch = {a.service: a.batch for a in plan.allocations}
+        self.watch = Stopwatch()
+        self.wish = {a.service: (0.0, 0) for a in plan.allocations}  # share recommended last, how often in a row
+        self.queue = dict.fromkeys(self.share, 0)  # length when the last batch ended
+
+    def _slices(self, plan: Plan) -> dict[str, float]:
+        """Share of each service: grantable, together at most 100."""
+        if self.start is not None:
+            slices = {a.service: self.start.get(a.service, 0.0) for a in plan.allocations}
+        else:
+            knees = [t.knee_pct(a.batch) for a, t in zip(plan.allocations, plan.tables, strict=True)]
+            scale = min(1.0, 100 / sum(knees))
+            wanted = zip(plan.allocations, knees, strict=True)
+            slices = {
+                a.service: max([s for s in plan.shares if s <= k * scale + 1e-9], default=plan.shares[0]) for a, k in wanted
+            }
+        if sum(slices.values()) > 100 + 1e-6 or min(slices.values()) < 1:
+            raise InfeasiblePlan(f"Gslice: slices {slices} must each be at least 1 GPU% and together at most 100")
+        return slices
+
+    def decide(self, state: GpuState) -> list[Decision]:
+        """Learn from what ended, then launch every service whose slice is idle."""
+        for view, batch, took in self.watch.finished(state):
+            limit = self.slo_part * view.slo_ms
+            if self.resize:
+                self._recommend(view, batch, took, limit)
+            if batch >= self.batch[view.name] or took > limit:  # an unfilled batch says nothing of a full one
+                self.batch[view.name] = min(adapted_batch(batch, took, limit), view.batch_max)
+        if self.drop_late and (lost := drop_lost(state, self.share)):
+            return lost
+        launches: list[Decision] = []
+        free = state.free_pct
+        for view in state.services:
+            share = self.share[view.name]
+            if view.ready and not view.in_flight and share <= free + 1e-6:  # after a switch a larger slice still runs out
+                batch = view.queued(self.batch[view.name])
+                self.watch.start(state, view.name, batch)
+                launches.append(Launch(view.name, share, batch))
+                free -= share
+        return launches
+
+    def _recommend(self, view: ServiceView, batch: int, took: float, limit: float) -> None:
+        """Count how often the same share is recommended; apply the fifth in a row."""
+        name, waiting = view.name, view.waiting
+        present, grown = self.share[name], waiting - self.queue[name]
+        self.queue[name] = waiting
+        behind = grown > 0 and waiting > batch  # then match the rate at which requests came meanwhile
+        ideal = present * ((batch + grown) / batch if behind else took / limit)
+        ideal = min((s for s in self.steps if s >= ideal - 1e-9), default=self.steps[-1])
+        if abs(ideal - present) < IGNORED_PCT:
+            self.wish[name] = (0.0, 0)
+            return
+        last, times = self.wish[name]
+        self.wish[name] = (ideal, times + 1 if ideal == last else 1)
+        if self.wish[name][1] < AGREEING:
+            return
+        room = 100 - sum(self.share.values()) + present
+        fits = [s for s in self.steps if s <= min(ideal, room) + 1e-9]
+        if fits and (fits[-1] > present) == (ideal > present):
+            self.share[name] = fits[-1]
+        self.wish = dict.fromkeys(self.wish, (0.0, 0))  # one service at a time: the others look again
+
+    def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
+        """Its slice, and all that it may be resized to: standbys are prepared."""
+        slices = self._slices(plan)
+        return {name: tuple(sorted({s, *plan.shares})) if self.resize else (s,) for name, s in slices.items()}
