@@ -25,7 +25,7 @@ FLOORS: dict[float, str] = {
     2: "gpu_model kernel_model metrics",
     2.5: "bounds",
     3: "active ledger optimizer policies workloads",
-    3.5: "admission turns",
+    3.5: "admission compiled turns",
     4: "devices simulator",
     4.5: "fleet trials",
     5: "capacity experiments validation worker",
