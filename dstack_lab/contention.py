@@ -43,8 +43,8 @@ class Contention:
       the launch with the longer kernels is felt more than it feels.
     * D > 100, sharing "turns": the part ``w_i = (D - 100) / (D - k_i)`` of what the others want does not
       fit beside launch i, which waits for that part of their work: it takes
-      ``(A_i + w_i · sum of the others' A) / k_i``, and the slowdown above for the rest of the time. Four
-      launches that each fill the GPU take as long as all four in a row, and end together.
+      ``(A_i + w_i · sum of the others' A) / k_i``, times the slowdown above. Four launches that each fill
+      the GPU take at least as long as all four in a row, and end together.
     * D > 100, sharing "proportional": each runs as if alone at k_i · 100 / D, and with the slowdown. The
       usual first guess, kept to show where it breaks: it promises that small shares are as efficient
       without a partition as with one.
@@ -64,7 +64,9 @@ class Contention:
     disjoint shares of a V100 (solo times known): median error 2.3 points, of a constant 2.9, and 2.4
     for pairs with a network that was left out. Demand for memory bandwidth was tried in their place:
     measured DRAM use of the other side errs by 2.5 points, bytes counted from the kernels by 2.7.
-    More than two launches were not measured pair by pair; their effects are added. Own formulation.
+    More than two launches were not measured pair by pair; their effects are added. Turns were checked
+    with the published rates of four networks under default MPS: with the batches of that log the sum is
+    11 % low, each within 20 %; proportional sharing is 2.7 times as high. Own formulation.
     """
 
     slowdown: float = 0.096
@@ -91,7 +93,7 @@ class Contention:
         for load, s in zip(loads, slow, strict=True):
             part = (wanted - 100) / (wanted - load.knee_pct)
             mine = load.knee_pct * load.service_ms
-            stretched.append((1 + part * (work - mine) / mine) * (1 + (1 - part) * (s - 1)))
+            stretched.append((1 + part * (work - mine) / mine) * s)
         return stretched
 
     def _slowdowns(self, loads: Sequence[Load]) -> list[float]:

@@ -7,6 +7,8 @@ from dstack_lab.policies.base import Decision, GpuState, Launch, Policy, Service
 from dstack_lab.policies.batching import Stopwatch, adapted_batch, drop_lost
 from dstack_lab.services import InfeasiblePlan, Plan
 
+#: Weight of the newest sample in the estimated arrival rate.
+NEWEST = 0.1
 #: A recommended share closer than this to the present one [GPU%] is ignored; others need this many equal ones in a row.
 IGNORED_PCT, AGREEING = 3.0, 5
 
@@ -17,8 +19,8 @@ class Gslice(Policy):
     *Rule*, after Dhakal, Kulkarni, Ramakrishnan (SoCC 2020). Shares: each network's knee, scaled down
     together if they exceed 100 %. Batch: learnt from how long batches take; within 10 % of the limit it
     stays, above it shrinks by the excess over the time per request, below it grows by the headroom over
-    it, to 64 at most. Share: after each full batch one is recommended, to match the arrival rate while
-    the queue grows, else to use up the headroom in the SLO; a difference below 3 % is ignored, and the
+    it, to 64 at most. Share: after each full batch one is recommended, in proportion to time over SLO or
+    to arrival rate over throughput, whichever asks for more; a difference below 3 % is ignored, and the
     fifth equal recommendation in a row is applied, one service at a time. On a device the switch is to
     a prepared standby, so the GPU never waits for it. It never drops.
 
@@ -51,7 +53,8 @@ class Gslice(Policy):
         self.batch = {a.service: a.batch for a in plan.allocations}
         self.watch = Stopwatch()
         self.wish = {a.service: (0.0, 0) for a in plan.allocations}  # share recommended last, how often in a row
-        self.queue = dict.fromkeys(self.share, 0)  # length when the last batch ended
+        self.taken = dict.fromkeys(self.share, 0)
+        self.rate = {a.service: (0.0, 0, a.rate_rps / 1000) for a in plan.allocations}  # until when, requests by then, per ms
 
     def _slices(self, plan: Plan) -> dict[str, float]:
         """Share of each service: grantable, together at most 100."""
@@ -72,9 +75,10 @@ class Gslice(Policy):
         """Learn from what ended, then launch every service whose slice is idle."""
         for view, batch, took in self.watch.finished(state):
             limit = self.slo_part * view.slo_ms
-            if self.resize:
-                self._recommend(view, batch, took, limit)
+            self._count(view, state.now_ms)
             if batch >= self.batch[view.name] or took > limit:  # an unfilled batch says nothing of a full one
+                if self.resize:
+                    self._recommend(view.name, batch, took, limit)
                 self.batch[view.name] = min(adapted_batch(batch, took, limit), view.batch_max)
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
@@ -87,15 +91,20 @@ class Gslice(Policy):
                 self.watch.start(state, view.name, batch)
                 launches.append(Launch(view.name, share, batch))
                 free -= share
+                self.taken[view.name] += batch
         return launches
 
-    def _recommend(self, view: ServiceView, batch: int, took: float, limit: float) -> None:
+    def _count(self, view: ServiceView, now: float) -> None:
+        """Follow the arrival rate."""
+        since, before, rate = self.rate[view.name]
+        came = self.taken[view.name] + view.waiting
+        sample = max(came - before, 0) / (now - since)
+        self.rate[view.name] = (now, came, rate + NEWEST * (sample - rate))
+
+    def _recommend(self, name: str, batch: int, took: float, limit: float) -> None:
         """Count how often the same share is recommended; apply the fifth in a row."""
-        name, waiting = view.name, view.waiting
-        present, grown = self.share[name], waiting - self.queue[name]
-        self.queue[name] = waiting
-        behind = grown > 0 and waiting > batch  # then match the rate at which requests came meanwhile
-        ideal = present * ((batch + grown) / batch if behind else took / limit)
+        present = self.share[name]
+        ideal = present * max(took / limit, self.rate[name][2] * took / batch)
         ideal = min((s for s in self.steps if s >= ideal - 1e-9), default=self.steps[-1])
         if abs(ideal - present) < IGNORED_PCT:
             self.wish[name] = (0.0, 0)

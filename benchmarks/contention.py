@@ -1,0 +1,100 @@
+"""Predicted contention beside published V100 measurements: 750 pairs on disjoint shares, four networks without a partition.
+
+    python benchmarks/contention.py FOLDER
+
+FOLDER holds ``v100_igniter_pairs.csv`` (both sides of pairs, and their solo times) and
+``v100_gslice_authors.csv`` (times of four TensorRT networks by batch and share). Both come from public
+repositories and are not part of this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import dstack_lab as lab
+from dstack_lab.bounds import service_tables
+from dstack_lab.contention import Load
+from dstack_lab.services import ServiceTable
+
+#: The authors' logs of four networks, about 1,600 images/s offered to each: SLO [ms]; images/s, batch under default MPS;
+#: images/s under GSLICE, and its slices [GPU%].
+LOGS = {
+    "alexnet": (25, 520, 13, 1394, 40),
+    "mobilenet": (25, 110, 3, 460, 10),
+    "resnet50": (25, 25, 1, 256, 25),
+    "vgg19": (26, 36, 1, 13, 25),
+}
+OFFERED_RPS, DURATION_MS = 1600, 10_000
+
+
+def pair_errors(path: Path, contention: lab.Contention) -> np.ndarray:
+    """Absolute error of the predicted slowdown, both sides of each pair."""
+    flat = ServiceTable(np.ones((1, 100)))
+    errors = []
+    for row in pd.read_csv(path).itertuples():
+        alone = np.array([row.solo_latency1_ms, row.solo_latency2_ms])
+        shares = (row.gpu_pct1, row.gpu_pct2)
+        loads = [Load(flat, 1, share, ms, share) for ms, share in zip(alone, shares, strict=True)]
+        errors.extend(np.abs(np.array([row.latency1_ms, row.latency2_ms]) / alone - contention.stretch(loads)))
+    return np.array(errors)
+
+
+def four_networks(path: Path) -> lab.Plan:
+    """Plan of the four networks with the batches of the log, from a profile fitted to the authors' solo times."""
+    rows = pd.read_csv(path)
+    rows = rows[
+        rows["set"].isin(["mobilenet", "optim_nov26_netml"]) & rows["model"].str.endswith("_trt") & (rows["gpu_pct"] >= 10)
+    ]
+    table = rows.rename(columns={"median_latency_ms": "service_ms"})[["model", "batch", "gpu_pct", "service_ms"]]
+    table["model"] = table["model"].str.removesuffix("_trt")
+    origin = lab.Provenance("measured", "V100", "mps")
+    services = tuple(lab.Service(name, slo, lab.Poisson(OFFERED_RPS)) for name, (slo, *_) in LOGS.items())
+    tables = service_tables(services, lab.Profile(table, origin))
+    points = tuple(
+        lab.Allocation(name, float(share), batch, times.at(batch, share), OFFERED_RPS)
+        for (name, (_, _, batch, _, share)), times in zip(LOGS.items(), tables, strict=True)
+    )
+    return lab.Plan(services, points, tables, tuple(float(s) for s in range(5, 101, 5)), "as logged", origin)
+
+
+def rates(plan: lab.Plan, policy: lab.Policy, contention: lab.Contention) -> list[float]:
+    """Images per second that finish while requests arrive, by network, and of all."""
+    trace = lab.simulate(plan, policy, DURATION_MS, seed=1, contention=contention)
+    done = trace.requests[trace.requests["finish_ms"] <= DURATION_MS]
+    counts = done["service"].value_counts()
+    found = [counts.get(name, 0) * 1000 / DURATION_MS for name in LOGS]
+    return [*found, sum(found)]
+
+
+def main() -> None:
+    """Print both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    print("error of the predicted slowdown, 750 pairs [points]: median, 95 % quantile")
+    for name, contention in (("longer is felt more", lab.Contention()), ("a constant", lab.Contention(exponent=0))):
+        errors = 100 * pair_errors(folder / "v100_igniter_pairs.csv", contention)
+        print(f"  {name:24}{np.median(errors):6.1f}{np.quantile(errors, 0.95):6.1f}")
+    plan = four_networks(folder / "v100_gslice_authors.csv")
+    slices = {name: float(share) for name, (*_, share) in LOGS.items()}
+    measured = {"MPS": [x for _, x, *_ in LOGS.values()], "GSLICE": [x for _, _, _, x, _ in LOGS.values()]}
+    runs = {
+        "default MPS, batches of the log": ("MPS", lab.Uncontrolled("plan"), lab.Contention()),
+        "  the same, proportional shares": ("MPS", lab.Uncontrolled("plan"), lab.Contention(sharing="proportional")),
+        "default MPS, batches learnt": ("MPS", lab.Uncontrolled("adaptive"), lab.Contention()),
+        "GSLICE, its slices": ("GSLICE", lab.Gslice(slices, resize=False), lab.Contention()),
+    }
+    print(f"\nimages/s{'':26}" + "".join(f"{name:>11}" for name in (*LOGS, "all")) + "   all to measured")
+    for name, (log, policy, contention) in runs.items():
+        seen = [*measured[log], sum(measured[log])]
+        found = rates(plan, policy, contention)
+        print(f"{name:34}" + "".join(f"{x:11.0f}" for x in found) + f"{found[-1] / seen[-1] - 1:+14.0%}")
+        print(f"{'  measured':34}" + "".join(f"{x:11.0f}" for x in seen))
+
+
+if __name__ == "__main__":
+    main()
