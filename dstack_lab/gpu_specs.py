@@ -119,6 +119,13 @@ class GpuSpec:
         granted: np.ndarray = np.clip(whole * self.sm_step, self.sm_step, self.sms).astype(np.int64)
         return np.where(share == 100, self.sms, granted)
 
+    def shares(self) -> tuple[float, ...]:
+        """GPU% that grant one more `sm_step` each, in rising order: what a plan can use. Two decimals."""
+        inward = math.floor if self.rounds_up else math.ceil  # a rounded share must still grant as many SMs
+        grants = range(self.sm_step, self.sms + 1, self.sm_step)
+        shares = (inward(10_000 * n / self.sms) / 100 for n in grants)
+        return tuple(min(share, 100.0) for share in shares if share >= 1)
+
     @classmethod
     def from_device(cls, index: int = 0) -> GpuSpec:
         """Describe a GPU of this machine: SMs and caches as torch sees them, clocks from NVML.

@@ -133,3 +133,11 @@ def test_without_a_gpu_the_error_says_what_to_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"no CUDA GPU .* a data sheet such as"):
         GpuSpec.from_device()
+
+
+@pytest.mark.parametrize("gpu", SPECS.values(), ids=lambda gpu: gpu.name)
+def test_each_share_grants_one_step_more(gpu):
+    shares = gpu.shares()
+    assert shares[-1] == 100
+    granted = gpu.sms_at(shares)
+    assert granted.tolist() == [n for n in range(gpu.sm_step, gpu.sms + 1, gpu.sm_step) if 100 * n / gpu.sms >= 1]

@@ -176,10 +176,10 @@ class TestDStack:
     def test_the_least_served_goes_first(self):
         """Both wait; a has received GPU time, b none: b goes first although a's deadline is nearer."""
         points = [
-            ("a", 50, lab.Replay([0.0, 0.1, 0.2, 0.3]), 100.0, 1, flat(5, 1)),
-            ("b", 60, lab.Replay([1.0, 1.1]), 100.0, 1, flat(5, 1)),
+            ("a", 50, lab.Replay([0.0, 0.1, 0.2, 0.3]), 100.0, 1, at(100, 5, 1)),
+            ("b", 60, lab.Replay([1.0, 1.1]), 100.0, 1, at(100, 5, 1)),
         ]
-        both = at_rates(plan(*points), 10, 10)
+        both = at_rates(plan(*points, shares=(100.0,)), 10, 10)
         fair = log(lab.simulate(both, lab.DStack(planned=False), 20))
         rush = log(lab.simulate(both, lab.DStack(planned=False, fair=False), 20))
         assert [row[2] for row in fair] == ["a", "b", "a", "b", "a", "a"]
@@ -235,7 +235,7 @@ def test_the_scoreboard_forgets_after_its_memory():
 def test_a_policy_states_the_shares_it_needs():
     two = plan(("a", 50, lab.Poisson(10), 50.0, 4, at(50, 10)), ("b", 50, lab.Poisson(10), 25.0, 4, at(25, 10)))
     assert lab.Temporal().shares(two) == {"a": (100.0,), "b": (100.0,)}
-    assert lab.DStack().shares(two) == {"a": (50.0,), "b": (25.0,)}
+    assert lab.DStack().shares(two) == {"a": (75.0,), "b": (25.0,)}  # lanes that fill the GPU
     assert lab.Policy().shares(two) == {"a": (50.0, 100.0), "b": (25.0, 100.0)}
     with pytest.raises(NotImplementedError, match=r"Policy\.decide"):
         lab.Policy().decide(None)

@@ -10,10 +10,10 @@ from heapq import heappop, heappush
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
 
 #: Windows are sized for this many times the mean rate, so that bursts fit; the first that can be placed is taken.
-HEADROOMS = (1.5, 1.3, 1.15, 1.0)
+HEADROOMS = (1.5, 1.3, 1.15, 1.07, 1.0)
 #: Parts of the load that a plan which rejects the rest may be sized for.
 PARTS = (0.85, 0.7, 0.5, 0.3, 0.1)
-#: Neighbours of the plan's operating points that are tried, and most windows of a service in a period.
+#: Neighbours of the plan's operating points that are tried, and most windows of a service in a period beyond the fewest.
 ATTEMPTS, MOST_WINDOWS = 60, 24
 EPSILON_MS = 1e-6
 
@@ -54,9 +54,10 @@ def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
 
     The period is the largest SLO. Each service gets windows often enough for its SLO and its rate, at
     the share of the plan, sized for the requests that come between two of them. They are placed
-    earliest deadline first, at the earliest time where the shares never exceed 100 % and no two
-    windows of one service overlap. What cannot be placed gives way, by the smallest loss of GPU time
-    first: a service gets another share, or its windows come more often with smaller batches.
+    side by side all the time if the shares that keep up allow it. If not, windows take turns: they are
+    placed earliest deadline first, at the earliest time where the shares never exceed 100 % and no two
+    windows of one service overlap, and what cannot be placed gives way, by the smallest loss of GPU
+    time first: a service gets another share, or its windows come more often with smaller batches.
     With `reject`, windows for a part of the load will do.
 
     Raises
@@ -69,7 +70,11 @@ def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
         options = [
             _options(period, *r, plan.shares, headroom) for r in zip(plan.services, plan.allocations, plan.tables, strict=True)
         ]
-        for chosen in _candidates(options) if all(options) else ():
+        if not all(options):
+            continue
+        if (lanes := _lanes(options)) is not None:
+            return PeriodPlan(period, _chain(period, _beside(period, lanes)), tuple(option.point for option in lanes))
+        for chosen in _neighbours(options):
             if (windows := _place(period, plan.services, chosen)) is not None:
                 return PeriodPlan(period, _chain(period, windows), tuple(option.point for option in chosen))
     asks = ", ".join(
@@ -79,8 +84,8 @@ def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
     raise InfeasiblePlan(f"no period of {period:g} ms holds every service's windows: {asks}; lower a rate or relax an SLO")
 
 
-def _candidates(options: list[list[_Option]]) -> Iterator[list[_Option]]:
-    """Sets of operating points worth placing: the plan's own, then its neighbours by GPU time reserved, then lanes."""
+def _neighbours(options: list[list[_Option]]) -> Iterator[list[_Option]]:
+    """Sets of operating points worth placing: the plan's own, then its neighbours by the GPU time they reserve."""
     start = (0,) * len(options)
     frontier, seen = [(0.0, start)], {start}
     for _ in range(ATTEMPTS):
@@ -93,8 +98,6 @@ def _candidates(options: list[list[_Option]]) -> Iterator[list[_Option]]:
             if following[k] < len(ranked) and following not in seen:
                 seen.add(following)
                 heappush(frontier, (sum(r[i].reserved for r, i in zip(options, following, strict=True)), following))
-    if (lanes := _lanes(options)) is not None:
-        yield lanes
 
 
 def _lanes(options: list[list[_Option]]) -> list[_Option] | None:
@@ -122,27 +125,36 @@ def _lanes(options: list[list[_Option]]) -> list[_Option] | None:
         chosen[k], left = chosen[k] + 1, left - more
 
 
+def _beside(period: float, lanes: list[_Option]) -> list[Window]:
+    """Windows of services that never need each other's share: evenly spaced."""
+    return [
+        Window(start, start + lane.point.service_ms, lane.point.service, lane.point.gpu_pct, lane.point.batch)
+        for lane in lanes
+        for start in (j * period / lane.windows for j in range(lane.windows))
+    ]
+
+
 def _chain(period: float, windows: list[Window]) -> tuple[Window, ...]:
     """Order the windows by start and tell each when its service's next one ends."""
     ordered = sorted(windows, key=lambda w: (w.start_ms, w.service))
+    following = {w.service: w.end_ms + period for w in reversed(ordered)}  # the first one of the next period
     chained = []
-    for i, window in enumerate(ordered):
-        turns = [(w, period * (j <= i)) for j, w in enumerate(ordered) if w.service == window.service]
-        following, turn = min(turns, key=lambda t: t[0].start_ms + t[1])
-        chained.append(replace(window, next_end_ms=following.end_ms + turn))
-    return tuple(chained)
+    for window in reversed(ordered):
+        chained.append(replace(window, next_end_ms=following[window.service]))
+        following[window.service] = window.end_ms
+    return tuple(reversed(chained))
 
 
 def _options(
     period: float, service: Service, point: Allocation, table: ServiceTable, shares: tuple[float, ...], headroom: float
 ) -> list[_Option]:
     """Ways to give a service its windows: the plan's share first, then the rest by the GPU time they reserve."""
-    found = []
+    found: list[_Option] = []
+    arrive = headroom * point.rate_rps * period / 1000
+    fewest = max(1, math.ceil(arrive / table.batch_max - EPSILON_MS))
     for share in shares:
-        for windows in range(1, MOST_WINDOWS + 1):
-            batch = max(1, math.ceil(headroom * point.rate_rps * period / 1000 / windows - EPSILON_MS))
-            if batch > table.batch_max:
-                continue
+        for windows in range(fewest, fewest + MOST_WINDOWS):
+            batch = max(1, math.ceil(arrive / windows - EPSILON_MS))
             ms = table.at(batch, share)
             gap = period / windows
             if gap + ms <= service.slo_ms and ms <= gap:
