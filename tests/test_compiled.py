@@ -94,3 +94,16 @@ def test_a_log_that_outgrows_its_room():
 def test_nothing_arrives():
     trace = assert_same(plan(("a", 50, lab.Replay([5.0]), 50.0, 4, table())), lab.Temporal(), 1)
     assert len(trace.requests) == len(trace.launches) == 0
+
+
+@needs_numba
+@settings(max_examples=200, deadline=None)
+@given(
+    plan=plans(largest_rate=200),
+    switches=st.tuples(*[st.booleans()] * 4),
+    patience=st.sampled_from([0.0, 0.25, 1.0, 2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_dstack_is_the_same_in_both_engines(plan, switches, patience, seed):
+    planned, opportunistic, fair, reject = switches
+    assert_same(plan, lab.DStack(planned, opportunistic, fair, patience, reject), 400, seed)

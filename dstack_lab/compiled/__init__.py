@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dstack_lab.checks import require
 from dstack_lab.policies.base import Policy
+from dstack_lab.policies.dstack import DStack
 from dstack_lab.policies.temporal import Temporal
 from dstack_lab.provenance import Provenance
 from dstack_lab.services import Plan
@@ -28,7 +29,7 @@ ENGINES = ("auto", "python", "compiled")
 #: Requests from which on a run is compiled where it can be; below, loading the compiled engine takes longer than it saves.
 MANY = 1_000_000
 #: Room that each policy's compiled form lives in. Exact classes: a subclass may decide otherwise.
-FORMS: dict[type[Policy], str] = {Temporal: "temporal"}
+FORMS: dict[type[Policy], str] = {Temporal: "temporal", DStack: "dstack"}
 
 
 def expected_requests(plan: Plan, duration_ms: float) -> float:

@@ -22,22 +22,24 @@ class Calendar:
 
     Attributes
     ----------
+    windows : tuple of Window
+        Those of one period, by start.
     next_ms : float
         Start of the next window that has not been taken [ms].
     """
 
     def __init__(self, period: PeriodPlan) -> None:
         self._period_ms = period.period_ms
-        self._windows = period.windows
+        self.windows = period.windows
         self._cursor, self._began_ms = 0, 0.0
-        self.next_ms = self._windows[0].start_ms
+        self.next_ms = self.windows[0].start_ms
 
     def take_due(self, now_ms: float) -> list[Booking]:
         """Windows that have started since the last call."""
         due = self.before(now_ms + 2 * EPSILON_MS)
         for _ in due:
             self._cursor, self._began_ms = self._following(self._cursor, self._began_ms)
-        self.next_ms = self._began_ms + self._windows[self._cursor].start_ms
+        self.next_ms = self._began_ms + self.windows[self._cursor].start_ms
         return due
 
     def before(self, end_ms: float) -> list[Booking]:
@@ -45,7 +47,7 @@ class Calendar:
         ahead: list[Booking] = []
         cursor, began = self._cursor, self._began_ms
         while True:
-            window = self._windows[cursor]
+            window = self.windows[cursor]
             start = began + window.start_ms
             if start >= end_ms - EPSILON_MS:
                 return ahead
@@ -53,4 +55,4 @@ class Calendar:
             cursor, began = self._following(cursor, began)
 
     def _following(self, cursor: int, began_ms: float) -> tuple[int, float]:
-        return (cursor + 1, began_ms) if cursor + 1 < len(self._windows) else (0, began_ms + self._period_ms)
+        return (cursor + 1, began_ms) if cursor + 1 < len(self.windows) else (0, began_ms + self._period_ms)

@@ -1,0 +1,152 @@
+"""`DStack` compiled: the period plan that Python made, as arrays for `dstack_kernel`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dstack_lab.compiled.books import FULL, Books, Floats, Integers, Outcome
+from dstack_lab.compiled.dstack_kernel import (
+    CLOCK,
+    LAUNCHES,
+    MOST_WAKES,
+    NOTES,
+    NOW,
+    OPPORTUNISTIC,
+    PLANNED,
+    WAITING,
+    WAKES,
+    begin,
+    go_on,
+)
+from dstack_lab.policies.dstack import MEMORY, DStack
+from dstack_lab.state import NS_PER_MS
+
+
+class Rules(NamedTuple):
+    """What does not change in a run; arrays are by service, those of windows by window."""
+
+    slo: Integers
+    wait: Integers
+    full: Integers  # batch that counts as ready
+    most: Integers
+    batch: Integers
+    margin: Integers  # a request that arrived before now + this is lost
+    own: Floats
+    rungs: Integers
+    ladder: Floats  # service, rung
+    ms: Floats  # service, rung, batch
+    cost: Integers  # the same in whole nanoseconds
+    start: Floats
+    end: Floats
+    next_end: Floats
+    owner: Integers
+    period: float
+    needs: float
+    planned: bool
+    opportunistic: bool
+    fair: bool
+    reject: bool
+    duration: int
+    stall: int
+
+
+class Memory(NamedTuple):
+    """What changes from turn to turn."""
+
+    clock: Integers
+    level: Floats
+    ready_at: Integers
+    until: Integers
+    share: Floats  # of the launch in flight
+    order: Integers  # services in flight, in the order of their launches
+    wakes: Integers
+    blocked: Floats  # window, (end, next end)
+    blocked_owner: Integers
+    received: Floats
+    pages: Floats  # period, service
+    ring: Integers  # oldest page, pages
+    turn_at: Floats  # when the next page begins
+    ahead: Floats  # room to list windows: (start, end)
+    ahead_owner: Integers
+
+
+def run(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, duration_ns: int, stall_ns: int) -> Outcome:
+    """Run to the end; return how that went (`DONE` or `BROKEN`), the number of launches and the notes by code."""
+    rules = _rules(policy, books, slo_ns, wait_ns, duration_ns, stall_ns)
+    memory = _memory(books.total, len(slo_ns), len(rules.owner), rules.period)
+    begin(books.queues, rules, memory)
+    while (how := go_on(books.queues, books.log, rules, memory)) == FULL:
+        books.resize()
+    launches = int(memory.clock[LAUNCHES])
+    note = books.log.note[:launches]
+    used = [code for code in (PLANNED, OPPORTUNISTIC) if (note == code).any()]
+    if launches and note[0] == OPPORTUNISTIC:  # notes are coded in the order of their first use
+        np.subtract(PLANNED + OPPORTUNISTIC, note, out=note)
+        used.reverse()
+    return how, launches, ["", *(NOTES[code] for code in used)]
+
+
+def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, duration_ns: int, stall_ns: int) -> Rules:
+    plan, names = books.plan, [s.name for s in books.plan.services]
+    points, ladders = [policy.point[n] for n in names], [policy.ladder[n] for n in names]
+    size = (len(names), max(map(len, ladders)))
+    ladder, widest = np.zeros(size), max(t.batch_max for t in plan.tables)
+    ms, cost = np.zeros((*size, widest + 1)), np.zeros((*size, widest + 1), dtype=np.int64)
+    for i, (shares, table) in enumerate(zip(ladders, plan.tables, strict=True)):
+        for r, share in enumerate(shares):
+            ladder[i, r] = share
+            for b in range(1, table.batch_max + 1):
+                ms[i, r, b] = table.at(b, share)
+                cost[i, r, b] = max(1, round(ms[i, r, b].item() * NS_PER_MS))
+    alone = [round(t.at(1, p.gpu_pct) * NS_PER_MS) for t, p in zip(plan.tables, points, strict=True)]
+    windows = policy.calendar.windows
+    return Rules(
+        slo=slo_ns,
+        wait=wait_ns,
+        full=np.array([a.batch for a in plan.allocations], dtype=np.int64),
+        most=np.array([t.batch_max for t in plan.tables], dtype=np.int64),
+        batch=np.array([p.batch for p in points], dtype=np.int64),
+        margin=np.array(alone, dtype=np.int64) - slo_ns - 1,
+        own=np.array([p.gpu_pct for p in points], dtype=np.float64),
+        rungs=np.array([len(shares) for shares in ladders], dtype=np.int64),
+        ladder=ladder,
+        ms=ms,
+        cost=cost,
+        start=np.array([w.start_ms for w in windows], dtype=np.float64),
+        end=np.array([w.end_ms for w in windows], dtype=np.float64),
+        next_end=np.array([w.next_end_ms for w in windows], dtype=np.float64),
+        owner=np.array([names.index(w.service) for w in windows], dtype=np.int64),
+        period=float(policy.scores.period_ms),
+        needs=float(policy.needs_pct),
+        planned=bool(policy.planned),
+        opportunistic=bool(policy.opportunistic),
+        fair=bool(policy.fair),
+        reject=bool(policy.reject),
+        duration=duration_ns,
+        stall=stall_ns,
+    )
+
+
+def _memory(total: int, services: int, windows: int, period: float) -> Memory:
+    room, whole = 4 * windows + 16, np.int64
+    clock = np.zeros(CLOCK, dtype=whole)
+    clock[NOW], clock[WAITING], clock[WAKES] = -1, total, 1  # the policy's first turn is at 0
+    return Memory(
+        clock=clock,
+        level=np.array([100.0, 0.0, -1.0]),
+        ready_at=np.zeros(services, dtype=whole),
+        until=np.zeros(services, dtype=whole),
+        share=np.zeros(services),
+        order=np.zeros(services, dtype=whole),
+        wakes=np.zeros(MOST_WAKES, dtype=whole),
+        blocked=np.zeros((room, 2)),
+        blocked_owner=np.zeros(room, dtype=whole),
+        received=np.zeros(services),
+        pages=np.zeros((MEMORY, services)),
+        ring=np.array([0, 1], dtype=whole),
+        turn_at=np.array([period]),
+        ahead=np.zeros((room, 2)),
+        ahead_owner=np.zeros(room, dtype=whole),
+    )
