@@ -13,7 +13,7 @@ from dstack_lab.devices import Cpu
 MODELS = ("squeezenet1_1", "shufflenet_v2_x1_0")
 BATCHES = (1, 2, 4)
 #: Parts of the bound offered as load; the first that a plan can be made for is taken.
-LOADS = (0.7, 0.55, 0.4, 0.3, 0.2, 0.1, 0.05)
+LOADS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 #: SLO of each service in service times of its largest batch on the whole machine.
 SLO_TIMES = (4, 8)
 MOST_SHARES = 4
