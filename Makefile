@@ -22,7 +22,7 @@ demo: .venv/.ready ## measure networks on this machine, plan, compare two schedu
 	$(PY) -m dstack_lab demo $(ARGS)
 
 lab: .venv/.ready ## open JupyterLab on the first notebook
-	$(PY) -m jupyterlab notebooks/00_tour.ipynb $(ARGS)
+	$(PY) -m jupyterlab notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 test: .venv/.ready ## run every test, the notebooks too (ARGS="-k name" selects)
 	$(PY) -m pytest $(ARGS)
