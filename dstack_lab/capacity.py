@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from dstack_lab.admission import STYLES
@@ -202,7 +203,8 @@ def max_load(
             return Tried(load, 0.0, "", found)
         total = found.groupby("service", sort=False)[["requests", "in_time"]].sum()
         none = total.index[total["requests"] == 0].tolist()
-        require(not none, "duration_ms", duration_ms, f"longer: no request of {', '.join(none)} came at load {load:.3g}")
+        if none:
+            return Tried(load, float("nan"), ", ".join(none))
         rates = total["in_time"] / total["requests"]
         return Tried(load, float(rates.min()), str(rates.idxmin()))
 
@@ -211,14 +213,19 @@ def max_load(
     for i in range(1, int(high / step * (1 + 1e-9)) + 1):
         load = round(i * step, 9)
         seen.append(tried(load))
+        here = f"longer: no request of {seen[-1].worst} came at load {load:.3g}"
+        require(seen[-1].attained >= 0, "duration_ms", duration_ms, here)
         if seen[-1].attained < attainment:
             fails = load
             break
         low = load
     while fails - low > tolerance:
         middle = (low + fails) / 2
-        seen.append(tried(middle))
-        low, fails = (low, middle) if seen[-1].attained < attainment else (middle, fails)
+        judged = tried(middle)
+        if np.isnan(judged.attained):  # next to nothing is asked there: too little to judge
+            break
+        seen.append(judged)
+        low, fails = (low, middle) if judged.attained < attainment else (middle, fails)
     seen.sort(key=lambda one: one.load)
     attained = next((one.attained for one in seen if one.load == low), float("nan"))
     rates = {s.name: s.rate_rps * low / unit for s in services}

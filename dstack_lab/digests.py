@@ -52,9 +52,9 @@ def digest(*values: object) -> str:
 
 @functools.cache
 def sources() -> str:
-    """Digest of this package's rooms and policies: a result is as good as the code that made it."""
-    files = sorted([*PACKAGE.glob("*.py"), *(PACKAGE / "policies").glob("*.py")])
-    return digest([(path.name, path.read_bytes()) for path in files])
+    """Digest of this package's code, but for what only draws or runs hardware: a result is as good as the code that made it."""
+    files = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
+    return digest([(str(file), (PACKAGE / file).read_bytes()) for file in files if file.parts[0] not in ("devices", "figures")])
 
 
 def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
