@@ -19,14 +19,15 @@ class Gslice(Policy):
     *Rule*, after Dhakal, Kulkarni, Ramakrishnan (SoCC 2020). Shares: each network's knee, scaled down
     together if they exceed 100 %. Batch: learnt from how long batches take; within 10 % of the limit it
     stays, above it shrinks by the excess over the time per request, below it grows by the headroom over
-    it, to 64 at most. Share: after each full batch one is recommended, in proportion to time over SLO or
+    it, to 64 at most. Share: after each batch one is recommended, in proportion to time over SLO or
     to arrival rate over throughput, whichever asks for more; a difference below 3 % is ignored, and the
     fifth equal recommendation in a row is applied, one service at a time. On a device the switch is to
     a prepared standby, so the GPU never waits for it. It never drops.
 
-    *Needs to know* the knees; service times are learnt. *Wins* by isolation: a service within its slice
-    is not disturbed, and networks that cannot use the GPU run side by side. *Breaks* when load moves
-    between services faster than slices do: what is idle in one slice serves nobody else.
+    *Needs to know* the knees, and service times of batches that it has not seen full. *Wins* by isolation:
+    a service within its slice is not disturbed, and networks that cannot use the GPU run side by side.
+    *Breaks* when load moves between services faster than slices do: what is idle in one slice serves
+    nobody else; and by its own thrift: a batch that takes all of the SLO leaves requests no time to wait.
 
     Parameters
     ----------
@@ -76,9 +77,13 @@ class Gslice(Policy):
         for view, batch, took in self.watch.finished(state):
             limit = self.slo_part * view.slo_ms
             self._count(view, state.now_ms)
-            if batch >= self.batch[view.name] or took > limit:  # an unfilled batch says nothing of a full one
-                if self.resize:
-                    self._recommend(view.name, batch, took, limit)
+            full = batch >= self.batch[view.name] or took > limit  # else it says nothing of a full batch
+            if self.resize and full:
+                self._recommend(view.name, batch, took, limit)
+            elif self.resize:  # what a full batch would take
+                target = min(self.batch[view.name], view.batch_max)
+                self._recommend(view.name, target, view.service_ms(target, self.share[view.name]), limit)
+            if full:
                 self.batch[view.name] = min(adapted_batch(batch, took, limit), view.batch_max)
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
