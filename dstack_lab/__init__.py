@@ -24,7 +24,11 @@ _HOMES = {
     "metrics": ("jain", "summary"),
     "bounds": ("bound",),
     "optimizer": ("optimize", "sensitivity"),
-    "policies": ("DStack", "Drop", "Launch", "Policy", "Temporal", "Wake"),
+    "contention": ("Contention",),
+    "policies": (
+        *("Clipper", "DStack", "Gpulet", "Gslice", "Ideal", "MaxMin", "MaxThroughput", "Nexus", "Temporal", "Triton"),
+        *("Drop", "Launch", "Policy", "Uncontrolled", "Wake"),
+    ),
     "simulator": ("simulate",),
     "ledger": ("PolicyError",),
     "workloads": ("scaled", "workload"),

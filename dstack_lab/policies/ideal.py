@@ -55,6 +55,7 @@ class Ideal(Policy):
 
     def __init__(self, kernels: Mapping[str, KernelTimes] | None = None, patience: float = 0.25, drop_late: bool = False) -> None:
         self.kernels, self.patience, self.drop_late = kernels, patience, drop_late
+        self._tables: dict[tuple[str, int], ServiceTable] = {}  # a second each to make, and the same for every run
 
     def rewrite(self, plan: Plan) -> Plan:
         """Plan of the same services with the service times of ideal launches, each at its cheapest feasible point.
@@ -70,7 +71,10 @@ class Ideal(Policy):
                 tables.append(table)
                 continue
             require(service.model in self.kernels, "kernels", sorted(self.kernels), f"with a model of {service.model}")
-            tables.append(ideal_table(self.kernels[service.model], table.batch_max))
+            key = (service.model, table.batch_max)
+            if key not in self._tables:
+                self._tables[key] = ideal_table(self.kernels[service.model], table.batch_max)
+            tables.append(self._tables[key])
         points = tuple(cheapest(s, t, a) for s, t, a in zip(plan.services, tables, plan.allocations, strict=True))
         return replace(plan, tables=tuple(tables), allocations=points, shares=tuple(SHARES))
 
