@@ -8,12 +8,15 @@ arrivals of each service and one server.
     python benchmarks/engine.py [--requests 400000] [--rounds 3]
 
 Prints the median over rounds; each round runs every contender once, in turn, so that a slow moment of
-the machine hits all of them. Needs SimPy: ``make bench`` installs it.
+the machine hits all of them. The compiled engine is timed at ten times as many requests, and at 10^5
+to 10^7 to see whether a request always costs the same; it is compiled before the clock starts. Needs
+SimPy: ``make bench`` installs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 import tracemalloc
@@ -93,9 +96,9 @@ def simpy_run(plan: lab.Plan, duration_ms: float, seed: int) -> tuple[int, int]:
     return sum(map(len, latencies)), batches
 
 
-def lab_run(plan: lab.Plan, policy: lab.Policy, duration_ms: float, seed: int) -> tuple[int, int]:
-    """The same through `simulate`, trace included."""
-    trace = lab.simulate(plan, policy, duration_ms, seed)
+def lab_run(plan: lab.Plan, policy: lab.Policy, duration_ms: float, seed: int, engine: str = "python") -> tuple[int, int]:
+    """The same through `simulate`, arrivals and trace included."""
+    trace = lab.simulate(plan, policy, duration_ms, seed, engine=engine)
     return len(trace.requests), len(trace.launches)
 
 
@@ -106,12 +109,19 @@ def rate_of(run: Callable[[], tuple[int, int]]) -> tuple[float, float]:
     return requests / (time.process_time() - start), requests / batches
 
 
-def bytes_per_request(plan: lab.Plan, duration_ms: float) -> float:
+def compiled_run(policy: lab.Policy, services: int, requests: float) -> Callable[[], tuple[int, int]]:
+    """A run of so many requests on the compiled engine."""
+    load = LOAD_RPS[policy.name]
+    plan = make_plan(services, load)
+    return lambda: lab_run(plan, policy, requests / load * 1000, 1, "compiled")
+
+
+def bytes_per_request(plan: lab.Plan, duration_ms: float, engine: str) -> float:
     """Growth of peak memory per request, between a run and one four times as long."""
     peaks, counts = [], []
     for duration in (duration_ms, 4 * duration_ms):
         tracemalloc.start()
-        counts.append(lab_run(plan, lab.Temporal(), duration, 1)[0])
+        counts.append(lab_run(plan, lab.Temporal(), duration, 1, engine)[0])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     return (peaks[1] - peaks[0]) / (counts[1] - counts[0])
@@ -133,6 +143,12 @@ def main() -> None:
         "dstack_lab, DStack, 4 services": lambda: lab_run(make_plan(4, LOAD_RPS["DStack"]), lab.DStack(), duration, 1),
         "dstack_lab, Temporal, 4 services, a tenth as long": lambda: lab_run(four, lab.Temporal(), duration / 10, 1),
     }
+    for policy, services in itertools.product((lab.Temporal(), lab.DStack()), (4, 32)):
+        compiled_run(policy, services, 1000)()  # compiles, or loads what was compiled before
+        name = f"compiled, {policy.name}, {services} services"
+        runs[name] = compiled_run(policy, services, 10 * options.requests)
+    for exponent in (5, 6, 7):
+        runs[f"compiled, Temporal, 4 services, 10^{exponent} requests"] = compiled_run(lab.Temporal(), 4, 10**exponent)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
@@ -142,7 +158,8 @@ def main() -> None:
     print(f"{'':52}{'requests/s':>12}{'x SimPy':>9}{'a batch':>9}   (median of {options.rounds}, of processor time)")
     for name, value in median.items():
         print(f"{name:52}{value:12,.0f}{value / base:9.1f}{found[name][0][1]:9.2f}")
-    print(f"peak memory: {bytes_per_request(four, duration / 8):.0f} bytes a request (limit 100)")
+    for engine, part in (("python", duration / 8), ("compiled", duration)):
+        print(f"peak memory, {engine}: {bytes_per_request(four, part, engine):.0f} bytes a request (limit 100)")
 
 
 if __name__ == "__main__":

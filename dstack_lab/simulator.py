@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dstack_lab.checks import count, positive, require
-from dstack_lab.compiled import Engine, choose, simulate_compiled
+from dstack_lab.compiled import LEFT_TO_PYTHON, Engine, choose, simulate_compiled
 from dstack_lab.contention import Contention, Load
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.policies.base import Policy
@@ -116,6 +117,7 @@ def simulate(
         trace = simulate_compiled(plan, policy, duration_ms, seed, arrivals, STALL_SLOS, provenance)
         if trace is not None:
             return trace
+        provenance = replace(provenance, marks=(*provenance.marks, LEFT_TO_PYTHON))
     ledger = open_ledger(plan, policy, duration_ms, seed)
     if contention is None and ledger.oversubscribe:
         contention = Contention()

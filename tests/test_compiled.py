@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 from builders import plan, table
 from hypothesis import given, settings
@@ -107,3 +110,137 @@ def test_nothing_arrives():
 def test_dstack_is_the_same_in_both_engines(plan, switches, patience, seed):
     planned, opportunistic, fair, reject = switches
     assert_same(plan, lab.DStack(planned, opportunistic, fair, patience, reject), 400, seed)
+
+
+@needs_numba
+def test_dstack_with_32_services():
+    """More windows and queues than the small plans have; launches of several services in one turn."""
+    points = [(f"s{i}", 60 + i, lab.Poisson(20), 25.0, 2, table(0.4, 0.1, 20, batch_max=8)) for i in range(32)]
+    trace = assert_same(plan(*points), lab.DStack(patience=2), 1000, seed=1)
+    assert set(trace.launches["note"]) == {"planned", "opportunistic"}
+
+
+class Mine(lab.Temporal):
+    """Decides as its base does, but nobody can know that."""
+
+
+@pytest.fixture
+def one():
+    return plan(("a", 50, lab.Poisson(200), 50.0, 4, table()))
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Runs of 100 requests count as long ones."""
+    monkeypatch.setattr(compiled, "MANY", 100)
+
+
+def spy(monkeypatch) -> list[str]:
+    """Names of the policies whose runs were compiled, from now on."""
+    seen = []
+
+    def note(plan, policy, *rest):
+        seen.append(policy.name)
+        return compiled.simulate_compiled(plan, policy, *rest)
+
+    monkeypatch.setattr(simulator, "simulate_compiled", note)
+    return seen
+
+
+@needs_numba
+def test_long_runs_are_compiled_and_short_ones_are_not(one, many, monkeypatch):
+    seen = spy(monkeypatch)
+    assert lab.simulate(one, lab.Temporal(), 400).provenance.marks == ()
+    assert seen == []
+    for policy in (lab.Temporal(), lab.DStack()):
+        made = lab.simulate(one, policy, 1000)
+        assert made.provenance.marks == ()
+        assert_frame_equal(made.requests, lab.simulate(one, policy, 1000, engine="python").requests)
+    assert seen == ["Temporal", "DStack"]
+
+
+def test_a_long_run_in_python_says_why(one, many, monkeypatch):
+    seen = spy(monkeypatch)
+    own = lab.Temporal()
+    own.decide = lambda state: []
+    assert lab.simulate(one, Mine(), 1000).provenance.marks == ("python engine: no compiled form of Mine",)
+    assert lab.simulate(one, own, 1000).provenance.marks == ("python engine: no compiled form of Temporal",)
+    scattered = lab.simulate(one, lab.Temporal(), 1000, variability=lab.Lognormal(0.1))
+    assert scattered.provenance.marks == ("python engine: service times scatter or launches slow each other",)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert lab.simulate(one, lab.Temporal(), 1000).provenance.marks == ("python engine: numba is not installed",)
+    assert lab.simulate(one, lab.Temporal(), 1000, engine="python").provenance.marks == ()
+    assert seen == []
+
+
+def test_what_cannot_be_compiled_is_refused_with_the_cure(one, monkeypatch):
+    with pytest.raises(ValueError, match=r"engine = 'compiled': must be 'auto' or 'python' \(no compiled form of Mine\)"):
+        lab.simulate(one, Mine(), 100, engine="compiled")
+    with pytest.raises(ValueError, match="service times scatter"):
+        lab.simulate(one, lab.Temporal(), 100, variability=lab.Lognormal(0.1), engine="compiled")
+    with pytest.raises(ValueError, match=r"engine = 'fast': must be one of \('auto', 'python', 'compiled'\)"):
+        lab.simulate(one, lab.Temporal(), 100, engine="fast")
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"install numba: pip install dstack-lab\[fast\] \(numba is not installed\)"):
+        lab.simulate(one, lab.DStack(), 100, engine="compiled")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Arrival times as they are, in whatever order."""
+
+    times: tuple[float, ...]
+    rate_rps: float = 10.0
+
+    def sample(self, duration_ms, rng):
+        return np.array(self.times)
+
+
+@needs_numba
+@pytest.mark.parametrize("times", [(5.0, 3.0), (-1.0, 3.0)])
+def test_a_run_left_to_the_python_engine_says_so(times):
+    odd = plan(("a", 50, Given(times), 50.0, 4, table()))
+    made, expected = (lab.simulate(odd, lab.Temporal(), 100, engine=engine) for engine in ("compiled", "python"))
+    assert made.provenance.marks == (compiled.LEFT_TO_PYTHON,)
+    assert_frame_equal(made.requests, expected.requests)
+
+
+@needs_numba
+def test_a_broken_rule_is_told_by_the_python_engine(one):
+    """With a negative patience batches are ready before they have come."""
+    with pytest.raises(lab.PolicyError, match=r"DStack raised at .*a batch of 1 to 16") as caught:
+        lab.simulate(one, lab.DStack(patience=-0.1), 100, engine="compiled")
+    assert caught.value.trace.provenance.marks == (compiled.LEFT_TO_PYTHON,)
+
+
+@needs_numba
+def test_a_run_is_over_after_a_stall_of_ten_slos_in_both_engines():
+    late = plan(("a", 50, Given((1.0, 5000.0)), 50.0, 4, table()))
+    for policy in (lab.Temporal(), lab.Temporal(drop_late=True), lab.DStack(), lab.DStack(planned=False)):
+        assert assert_same(late, policy, 100).requests["outcome"].tolist() == ["served", "unserved"]
+
+
+@needs_numba
+def test_machine_code_without_a_folder_to_keep_it_in(monkeypatch):
+    import numba
+
+    from dstack_lab.compiled.jit import jit
+
+    def nowhere(function, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return function
+
+    monkeypatch.setattr(numba, "njit", nowhere)
+    assert jit(abs) is abs
+
+
+def test_short_runs_and_the_import_leave_numba_alone():
+    code = """
+import sys, dstack_lab as lab
+services = [lab.Service("resnet50", 50, lab.Poisson(100))]
+plan = lab.optimize(services, lab.load_profile("v100-simulated"))
+lab.simulate(plan, lab.DStack(), 1000), lab.simulate(plan, lab.Temporal(), 1000)
+print(any(name.split(".")[0] in ("numba", "llvmlite") for name in sys.modules))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

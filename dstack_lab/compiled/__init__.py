@@ -28,6 +28,8 @@ Engine = Literal["auto", "python", "compiled"]
 ENGINES = ("auto", "python", "compiled")
 #: Requests from which on a run is compiled where it can be; below, loading the compiled engine takes longer than it saves.
 MANY = 1_000_000
+#: Mark of a run that broke a rule, or whose plan or arrivals a compiled form cannot take.
+LEFT_TO_PYTHON = "python engine: the compiled one could not finish this run"
 #: Room that each policy's compiled form lives in. Exact classes: a subclass may decide otherwise.
 FORMS: dict[type[Policy], str] = {Temporal: "temporal", DStack: "dstack"}
 
@@ -39,7 +41,7 @@ def expected_requests(plan: Plan, duration_ms: float) -> float:
 
 def obstacle(policy: Policy) -> str:
     """Return what keeps runs of `policy` from being compiled, empty if nothing."""
-    if type(policy) not in FORMS or not {"decide", "reset", "wait_ms"}.isdisjoint(vars(policy)):
+    if type(policy) not in FORMS or not {"decide", "reset", "rewrite", "wait_ms"}.isdisjoint(vars(policy)):
         return f"no compiled form of {policy.name}"
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"

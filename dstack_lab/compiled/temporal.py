@@ -52,8 +52,10 @@ def _run(
     now, launched_at, number, waiting = clock[NOW], clock[LAUNCHED_AT], clock[LAUNCHES], clock[WAITING]
     services, room = head.size, log.batch.size
     first = np.empty(services, dtype=np.int64)  # arrival of each service's oldest request
+    due = np.empty(services, dtype=np.int64)  # its deadline
     for i in range(services):
         first[i] = arrival[head[i]] if head[i] < stop[i] else NEVER_NS
+        due[i] = first[i] + slo[i] if head[i] < stop[i] else NEVER_NS
     how = DONE
     while waiting > 0:  # the GPU is free, and the policy decides
         if now > LAST_NS:
@@ -78,19 +80,18 @@ def _run(
                 waiting -= k - head[i]
                 head[i] = k
                 first[i] = arrival[k] if k < stop[i] else NEVER_NS
+                due[i] = first[i] + slo[i] if k < stop[i] else NEVER_NS
             if waiting < before:  # the policy asks for another turn at once
                 if now > duration and now > max(duration, launched_at) + stall:
                     break
                 continue
-        best, nearest, soonest = -1, NEVER_NS, NEVER_NS
-        for i in range(services):
-            if first[i] <= now:
-                if first[i] + slo[i] < nearest:
-                    best, nearest = i, first[i] + slo[i]
-            elif first[i] < soonest:
-                soonest = first[i]
+        best, nearest = -1, NEVER_NS
+        for i in range(services):  # without branches, which the processor could only guess
+            better = (first[i] <= now) & (due[i] < nearest)
+            nearest = due[i] if better else nearest
+            best = i if better else best
         if best < 0:
-            now = soonest
+            now = first.min()
             if now > duration and now > max(duration, launched_at) + stall:
                 break
             continue
@@ -101,6 +102,7 @@ def _run(
             k += 1
         head[best], batch = k, k - begin
         first[best] = arrival[k] if k < stop[best] else NEVER_NS
+        due[best] = first[best] + slo[best] if k < stop[best] else NEVER_NS
         until = now + cost[best, batch]
         start_ms, end_ms = now / NS_PER_MS, until / NS_PER_MS
         for row in range(begin, k):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
 from dstack_lab.policies.calendar import Booking, Calendar
 from dstack_lab.policies.scoreboard import Scoreboard
@@ -110,8 +112,8 @@ class DStack(Policy):
         if len(ready) > 1:
             received = self.scores.received
             ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.due_ms))
-        others = sum([self.point[s.name].gpu_pct for s in ready])
-        free = state.free_pct - _sum(launches) - sum([w.gpu_pct for w in self.blocked]) + EPSILON_MS
+        others = _added([self.point[s.name].gpu_pct for s in ready])
+        free = state.free_pct - _sum(launches) - _added([w.gpu_pct for w in self.blocked]) + EPSILON_MS
         for service in ready:
             others -= self.point[service.name].gpu_pct
             for share in self.ladder[service.name]:  # more than its window's share only if nobody else waits for it
@@ -131,8 +133,8 @@ class DStack(Policy):
         share += _sum(launches)
         for start in [w.start_ms for w in ahead]:
             held = state.held_pct(start)  # by service; one that still runs gives its window away
-            reserved = sum([w.gpu_pct for w in ahead if w.start_ms <= start < w.end_ms and w.service not in held])
-            if reserved + share + sum(held.values()) > 100 + EPSILON_MS:
+            reserved = _added([w.gpu_pct for w in ahead if w.start_ms <= start < w.end_ms and w.service not in held])
+            if reserved + share + _added(held.values()) > 100 + EPSILON_MS:
                 return False
         return True
 
@@ -153,7 +155,15 @@ class DStack(Policy):
 
 
 def _sum(launches: list[Launch]) -> float:
-    return sum([launch.gpu_pct for launch in launches])
+    return _added([launch.gpu_pct for launch in launches])
+
+
+def _added(shares: Iterable[float]) -> float:
+    """Sum from left to right, as the compiled form does: `sum` rounds in another way from Python 3.12 on."""
+    total = 0.0
+    for share in shares:
+        total += share
+    return total
 
 
 def _ladders(plan: Plan, period: PeriodPlan) -> dict[str, tuple[float, ...]]:
