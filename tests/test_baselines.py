@@ -56,7 +56,7 @@ SYSTEMS = {
     "MaxMin": lab.MaxMin,
     "Ideal": lab.Ideal,
 }
-DROPPERS = {"Clipper regression", "Nexus"}
+DROPPERS = {"Clipper regression", "Ideal", "Nexus"}
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 
 

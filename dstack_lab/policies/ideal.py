@@ -33,15 +33,17 @@ class Ideal(Policy):
 
     *Rule*: each kernel runs at the share where one more GPU% is worth its price, the same price for all
     kernels of a batch; the price is chosen so that a batch takes the mean share it was given. Shares
-    change between kernels at no cost. Services launch earliest deadline first, as many as fit.
+    change between kernels at no cost. Services launch earliest deadline first, with one batch each at a
+    time, at the cheapest mean share that meets the SLO or at what is left of the GPU if that is in time.
 
     *What is simulated*: a launch holds its kernels' *mean* share for the time they take together, so that
     GPU% x time is exactly that of the kernels. That peaks of one network meet valleys of another is
-    assumed, not shown: it is an upper estimate of any scheduler of kernels, and no device can run it.
+    assumed, not shown, so it flatters this policy; no device can run it.
     Without `kernels` the plan's own service times are used: the ideal of whole batches, at any share.
 
-    *Needs to know* every kernel. *Wins* always, or the other has found better batches. *Breaks* nowhere,
-    because it exists nowhere.
+    *Needs to know* every kernel. *Wins* wherever kernels of one network differ in what they can use.
+    *Breaks* under overload: its order and its batches are a rule of thumb, not an optimum, so another
+    policy may serve more. What no schedule can pass is `bound` with the same kernels, not this.
 
     Parameters
     ----------
@@ -50,10 +52,11 @@ class Ideal(Policy):
     patience : float
         Part of its slack that the oldest request waits for a batch to fill.
     drop_late : bool
-        Drop requests that can no longer meet their deadline.
+        Drop requests that can no longer meet their deadline: earliest deadline first is no ideal under
+        overload if it serves what is lost before what can be saved.
     """
 
-    def __init__(self, kernels: Mapping[str, KernelTimes] | None = None, patience: float = 0.25, drop_late: bool = False) -> None:
+    def __init__(self, kernels: Mapping[str, KernelTimes] | None = None, patience: float = 0.25, drop_late: bool = True) -> None:
         self.kernels, self.patience, self.drop_late = kernels, patience, drop_late
         self._tables: dict[tuple[str, int], ServiceTable] = {}  # a second each to make, and the same for every run
 
@@ -81,23 +84,29 @@ class Ideal(Policy):
     def reset(self, plan: Plan) -> None:
         """Take the points of the rewritten plan."""
         self.share = {a.service: a.gpu_pct for a in plan.allocations}
-        self.needs_pct = min(self.share.values())
+        self.needs_pct = 1.0
 
     def wait_ms(self, allocation: Allocation, slo_ms: float) -> float:
         """Part of the slack."""
         return self.patience * max(slo_ms - allocation.service_ms, 0.0)
 
     def decide(self, state: GpuState) -> list[Decision]:
-        """Launch what is ready and fits, the nearest deadline first; two batches of one service if it must."""
+        """Launch what is ready, the nearest deadline first, each at its share or at what is left of the GPU."""
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
         launches: list[Decision] = []
         free = state.free_pct + 1e-6
-        for view in sorted([s for s in state.services if s.ready], key=lambda s: s.due_ms):
-            share = self.share[view.name]
-            if share <= free:
+        for view in sorted([s for s in state.services if s.ready and not s.in_flight], key=lambda s: s.due_ms):
+            left = view.oldest_deadline_ms - state.now_ms
+            share = min(self.share[view.name], float(int(free)))
+            if share < 1:
+                break
+            batch = view.queued(view.batch_max)
+            while batch > view.batch and view.service_ms(batch, share) > left:
+                batch -= 1
+            if share == self.share[view.name] or view.service_ms(batch, share) <= left:
                 free -= share
-                launches.append(Launch(view.name, share, view.queued(view.batch)))
+                launches.append(Launch(view.name, share, batch))
         return launches
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
