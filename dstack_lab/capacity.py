@@ -1,4 +1,4 @@
-"""The highest load that a policy sustains: every service keeps its SLO."""
+"""The highest load at which a policy keeps the SLO of every service."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tried:
 
 @dataclass(frozen=True, slots=True)
 class MaxLoad:
-    """Highest load that a policy sustains.
+    """Highest load at which a policy keeps the SLO of every service.
 
     Parameters
     ----------
@@ -59,6 +59,9 @@ class MaxLoad:
         Part of its requests that the worst service keeps within SLO there; NaN at load 0.
     bracket : tuple of float
         The load, and the lowest one above it that failed (NaN if none did): the truth lies between.
+    sustained : float
+        Highest load that was tried below which no load that was tried fails; below `load` if the policy
+        fails at a low load and holds at a higher one.
     target : float
         What every service has to keep.
     evaluations : tuple of Tried
@@ -72,6 +75,7 @@ class MaxLoad:
     rates_rps: dict[str, float]
     attained: float
     bracket: tuple[float, float]
+    sustained: float
     target: float
     evaluations: tuple[Tried, ...]
     admission: str
@@ -85,11 +89,15 @@ class MaxLoad:
             "target": self.target,
             "max_load": self.load,
             "fails_at": self.bracket[1],
+            "sustained": self.sustained,
             "attained": self.attained,
             "total_rps": sum(self.rates_rps.values()),
             "fails_because": "" if failed is None else _why(failed),
         }
         return pd.DataFrame([row])
+
+    def _holds(self, tried: Tried) -> bool:
+        return tried.attained >= self.target
 
     @property
     def _failed(self) -> Tried | None:
@@ -101,10 +109,13 @@ class MaxLoad:
         end = f"no load up to {self.load:.3g} fails" if failed is None else f"{failed.load:.3g} fails: {_why(failed)}"
         if not self.load:
             return f"{self.policy} keeps {self.target:.4g} of every service's requests within SLO at no load tried; {end}"
+        lower = [
+            f"{tried.load:.3g} ({_why(tried)})" for tried in self.evaluations if tried.load < self.load and not self._holds(tried)
+        ]
         return (
             f"{self.policy} keeps {self.target:.4g} of every service's requests within SLO "
             f"up to load {self.load:.3g} of the bound ({rates}); {end}"
-        )
+        ) + (f"; so does, below it, {', '.join(lower)}" if lower else "")
 
 
 def max_load(
@@ -144,7 +155,7 @@ def max_load(
     objective, variability, contention, admission, shares, folder, jobs, progress
         As for `compare`.
     step, high : float
-        Loads step, 2 step, ... up to `high` are scanned for the first that fails.
+        Loads step, 2 step, ... up to `high` are tried, then halfway between the highest that holds and the next.
     tolerance : float
         Width of the bracket to end with.
 
@@ -166,8 +177,8 @@ def max_load(
     things keep the answer meaningful. Every load sees the same unit-rate streams, so that two loads
     differ by the load and not by luck. The requests of all seeds are counted together. A load within two
     standard errors over seeds of the target is tried with as many seeds again, before it is judged. And
-    the load is *sustained*: the scan goes upwards and ends at its first failure, so that each
-    scanned load below the answer holds; a lucky load beyond a failure does not count.
+    all of the range is scanned before it is halved: a policy that fails at one low load is not
+    judged by it alone, and ``sustained`` and the sentence say that it failed there.
     """
     services, runs = tuple(services), checked_seeds(seeds)
     require(isinstance(policy, Policy), "policy", policy, "a Policy object such as Temporal()")
@@ -209,16 +220,12 @@ def max_load(
         return Tried(load, float(rates.min()), str(rates.idxmin()))
 
     seen: list[Tried] = []
-    low, fails = 0.0, float("nan")
     for i in range(1, int(high / step * (1 + 1e-9)) + 1):
-        load = round(i * step, 9)
-        seen.append(tried(load))
-        here = f"longer: no request of {seen[-1].worst} came at load {load:.3g}"
+        seen.append(tried(round(i * step, 9)))
+        here = f"longer: no request of {seen[-1].worst} came at load {seen[-1].load:.3g}"
         require(seen[-1].attained >= 0, "duration_ms", duration_ms, here)
-        if seen[-1].attained < attainment:
-            fails = load
-            break
-        low = load
+    low = max((one.load for one in seen if one.attained >= attainment), default=0.0)
+    fails = min((one.load for one in seen if one.load > low), default=float("nan"))
     while fails - low > tolerance:
         middle = (low + fails) / 2
         judged = tried(middle)
@@ -229,7 +236,9 @@ def max_load(
     seen.sort(key=lambda one: one.load)
     attained = next((one.attained for one in seen if one.load == low), float("nan"))
     rates = {s.name: s.rate_rps * low / unit for s in services}
-    return MaxLoad(policy.name, low, rates, attained, (low, fails), attainment, tuple(seen), admission)
+    first = min((one.load for one in seen if one.attained < attainment), default=float("inf"))
+    sustained = max((one.load for one in seen if one.load < first), default=0.0)
+    return MaxLoad(policy.name, low, rates, attained, (low, fails), sustained, attainment, tuple(seen), admission)
 
 
 def _close(found: pd.DataFrame, attainment: float) -> bool:

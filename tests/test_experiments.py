@@ -459,14 +459,19 @@ def test_highest_load_of_a_known_capacity():
     assert low * unit_rps() <= 100 < fails * unit_rps()
     assert fails - low <= 0.001
     assert found.evaluations[-1].note.startswith("asked for")
+    assert found.sustained == found.load
     assert "Refuses keeps 0.99 of every service's requests within SLO up to load 0.398 of the bound (m " in str(found)
     assert "fails: asked for" in str(found)
     assert found.to_frame()["max_load"].tolist() == [found.load]
 
 
-def test_a_load_beyond_a_failure_does_not_count():
-    found = highest(Refuses(70, 130), lone(lab.Deterministic(7)), seeds=(0,))
-    assert found.bracket[0] * unit_rps() <= 70 < found.bracket[1] * unit_rps()
+def test_a_gap_below_the_highest_load_is_told():
+    """A policy that fails somewhere in the middle is not judged by that alone, but it is said."""
+    whole, gap = (highest(p, lone(lab.Deterministic(7)), seeds=(0,)) for p in (lab.Temporal(), Refuses(70, 80)))
+    assert gap.load == whole.load == whole.sustained
+    assert gap.sustained == 0.2
+    assert "; so does, below it, 0.3 (asked for 75.3" in str(gap)
+    assert "below it" not in str(whole)
 
 
 def test_all_or_nothing():
