@@ -29,7 +29,7 @@ MPL_MARKERS = ("o", "s", "D", "^", "P", "*", "v")
 
 GREY = "#7f7f7f"  #: about 4:1 on white and on #111
 GRID = "rgba(127,127,127,.25)"
-WIDTH = 900
+WIDTH = 800
 
 #: plotly's mode bar offers to upload the data of a figure to a cloud service; ours never does.
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud"]}
