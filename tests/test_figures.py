@@ -318,7 +318,7 @@ def test_every_figure_has_units_origin_and_the_house_style(every, name):
     # an axis without a title lists names
     assert all(axis.title.text or axis.ticktext or axis.matches for axis in axes)
     assert style.plain(str(ORIGIN)) in made.layout.title.subtitle.text.replace("<br>", " ")
-    assert made.layout.width == 900
+    assert made.layout.width == style.WIDTH == 800  # beside the side bar of a laptop
     assert made.layout.paper_bgcolor == made.layout.plot_bgcolor == "rgba(0,0,0,0)"
     assert not made.layout.template.layout.to_plotly_json()
     assert "sendChartToCloud" in made.layout.modebar.remove
