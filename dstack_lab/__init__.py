@@ -35,6 +35,7 @@ _HOMES = {
     "experiments": ("compare", "sweep"),
     "capacity": ("MaxLoad", "max_load"),
     "validation": ("validate",),
+    "cluster": ("Cluster", "LeastWork", "Placement", "Random", "RoundRobin", "cluster_bound", "place", "simulate_cluster"),
     "profiler": ("measure",),
     "runner": ("run",),
 }

@@ -28,7 +28,7 @@ FLOORS: dict[float, str] = {
     3.5: "admission compiled turns",
     4: "devices simulator",
     4.5: "fleet trials",
-    5: "capacity experiments validation worker",
+    5: "capacity cluster experiments validation worker",
     6: "profiler runner",
     7: "figures",
     8: "exercises panels",
