@@ -112,6 +112,11 @@ class ServiceView:
         return bisect_right(arrivals, now, head, head + limit) - head
 
     @property
+    def arrived(self) -> int:
+        """Requests that have come since the run began: what an estimator of rates counts."""
+        return self._head + self.waiting
+
+    @property
     def oldest_arrival_ms(self) -> float:
         """Arrival of the oldest waiting request [ms]; infinite if none waits."""
         ns = self._arrivals[self._head]

@@ -1,5 +1,6 @@
 """Schedulers, one file per system; each is a plain object that `simulate` and `run` accept."""
 
+from dstack_lab.policies.adaptive import AdaptiveDStack
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, Running, ServiceView, Wake
 from dstack_lab.policies.clipper import Clipper
 from dstack_lab.policies.dstack import DStack
@@ -13,6 +14,7 @@ from dstack_lab.policies.triton import Triton
 from dstack_lab.policies.uncontrolled import Uncontrolled
 
 __all__ = [
+    "AdaptiveDStack",
     "Clipper",
     "DStack",
     "Decision",

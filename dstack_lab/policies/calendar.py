@@ -20,6 +20,12 @@ class Booking(NamedTuple):
 class Calendar:
     """Position in the endless sequence of windows.
 
+    Parameters
+    ----------
+    period : PeriodPlan
+    start_ms : float
+        When the first period begins [ms].
+
     Attributes
     ----------
     windows : tuple of Window
@@ -28,10 +34,10 @@ class Calendar:
         Start of the next window that has not been taken [ms].
     """
 
-    def __init__(self, period: PeriodPlan) -> None:
+    def __init__(self, period: PeriodPlan, start_ms: float = 0.0) -> None:
         self._period_ms = period.period_ms
         self.windows = period.windows
-        self._cursor, self._began_ms = 0, 0.0
+        self._cursor, self._began_ms = 0, start_ms
         self.next_ms = self.windows[0].start_ms
 
     def take_due(self, now_ms: float) -> list[Booking]:

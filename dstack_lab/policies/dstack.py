@@ -54,12 +54,16 @@ class DStack(Policy):
     def reset(self, plan: Plan) -> None:
         """Place the windows; may lower shares or batches to make them fit."""
         period = plan_period(plan, self.reject)
+        self.scores = Scoreboard([a.service for a in period.allocations], period.period_ms, MEMORY)
+        self._adopt(plan, period, 0.0)
+
+    def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
+        """Follow the windows of `period` from `now` on."""
         self.point = {a.service: a for a in period.allocations}
         self.ladder = _ladders(plan, period)
-        self.calendar = Calendar(period)
+        self.calendar = Calendar(period, now)
         self.blocked: list[Booking] = []  # windows whose time has come but whose share is not free yet
         self.woken_ms = -1.0
-        self.scores = Scoreboard(self.point, period.period_ms, MEMORY)
         self.needs_pct = min(a.gpu_pct for a in period.allocations)
 
     def wait_ms(self, allocation: Allocation, slo_ms: float) -> float:
