@@ -3,7 +3,7 @@
 For each profile and workload, and each policy of `dstack_lab.policies`: the highest load, as a part of the
 batch-level bound, at which every service keeps 99 % of its requests within SLO; the SLO attainment at
 load 0.8 and goodput and utilization at 0.95, as parts of the ideal's. Rates are inverse to area, so that each
-service asks for the same GPU time; arrivals are Poisson.
+service asks for the same GPU time; arrivals are Poisson. Every policy may use all shares that the GPU grants.
 
     python benchmarks/headline.py [--quick] [--out headline.csv] [--folder cache] [--admission "one rule"]
 
@@ -41,10 +41,11 @@ def all_policies() -> dict[str, lab.Policy]:
 def figures(profile: str, workload: str, policy: lab.Policy, quick: bool, admission: str) -> dict[str, object]:
     """One row of the table; a policy that breaks a rule says so instead of ending the benchmark."""
     table = lab.load_profile(profile)
-    services = lab.workload(workload, table, load=1)
+    shares = lab.gpu_specs.SPECS[profile.removesuffix("-simulated")].shares()
+    services = lab.workload(workload, table, load=1, shares=shares)
     least, most, requests = RUNS[quick]
     duration_ms = min(most, max(least, 1000 * requests / sum(s.rate_rps for s in services)))
-    same = {"seeds": SEEDS[quick], "duration_ms": duration_ms, "admission": admission}
+    same = {"seeds": SEEDS[quick], "duration_ms": duration_ms, "admission": admission, "shares": shares}
     try:
         highest = lab.max_load(policy, services, table, **same, **SEARCH[quick])
         runs = lab.compare(services, table, [policy], LOADS, baseline=policy.name, **same)
@@ -63,7 +64,7 @@ def against_others(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (profile, workload), part in table.groupby(["profile", "workload"], sort=False):
         loads = part.set_index("policy")
-        others = loads["max_load"].drop(["DStack", "Ideal"], errors="ignore").dropna()
+        others = loads["max_load"].drop(["DStack", "AdaptiveDStack", "Ideal"], errors="ignore").dropna()
         mine = loads.loc["DStack"]
         row = {"profile": profile, "workload": workload, "DStack": mine["max_load"], "Temporal": others["Temporal"]}
         row |= {"best other": others.idxmax(), "its load": others.max(), "ratio": mine["max_load"] / others.max()}
