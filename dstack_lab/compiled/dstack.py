@@ -6,22 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dstack_lab.compiled.books import FULL, Books, Floats, Integers, Outcome
-from dstack_lab.compiled.dstack_kernel import (
-    CLOCK,
-    LAUNCHES,
-    MOST_WAKES,
-    NOTES,
-    NOW,
-    OPPORTUNISTIC,
-    PLANNED,
-    WAITING,
-    WAKES,
-    begin,
-    go_on,
-)
+from dstack_lab.compiled.books import FULL, Books, Floats, Integers, Outcome, Queues
+from dstack_lab.compiled.dstack_kernel import LAUNCHES, NOW, OPPORTUNISTIC, PLANNED, WAITING, WAKES, go_on, ready
+from dstack_lab.ledger import SHARE_SLACK
 from dstack_lab.policies.dstack import MEMORY, DStack
+from dstack_lab.policies.windows import EPSILON_MS
 from dstack_lab.state import NS_PER_MS
+
+NOTES = ("", "planned", "opportunistic")
+#: Wake-ups that can be ahead at once: one for the next window, and rarely a second.
+MOST_WAKES = 8
 
 
 class Rules(NamedTuple):
@@ -44,6 +38,8 @@ class Rules(NamedTuple):
     owner: Integers
     period: float
     needs: float
+    epsilon: float
+    slack: float
     planned: bool
     opportunistic: bool
     fair: bool
@@ -66,7 +62,7 @@ class Memory(NamedTuple):
     blocked_owner: Integers
     received: Floats
     pages: Floats  # period, service
-    ring: Integers  # oldest page, pages
+    newest: Integers  # page
     turn_at: Floats  # when the next page begins
     ahead: Floats  # room to list windows: (start, end)
     ahead_owner: Integers
@@ -75,8 +71,7 @@ class Memory(NamedTuple):
 def run(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, duration_ns: int, stall_ns: int) -> Outcome:
     """Run to the end; return how that went (`DONE` or `BROKEN`), the number of launches and the notes by code."""
     rules = _rules(policy, books, slo_ns, wait_ns, duration_ns, stall_ns)
-    memory = _memory(books.total, len(slo_ns), len(rules.owner), rules.period)
-    begin(books.queues, rules, memory)
+    memory = _memory(books.queues, rules)
     while (how := go_on(books.queues, books.log, rules, memory)) == FULL:
         books.resize()
     launches = int(memory.clock[LAUNCHES])
@@ -120,6 +115,8 @@ def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, du
         owner=np.array([names.index(w.service) for w in windows], dtype=np.int64),
         period=float(policy.scores.period_ms),
         needs=float(policy.needs_pct),
+        epsilon=EPSILON_MS,
+        slack=SHARE_SLACK,
         planned=bool(policy.planned),
         opportunistic=bool(policy.opportunistic),
         fair=bool(policy.fair),
@@ -129,14 +126,15 @@ def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, du
     )
 
 
-def _memory(total: int, services: int, windows: int, period: float) -> Memory:
-    room, whole = 4 * windows + 16, np.int64
-    clock = np.zeros(CLOCK, dtype=whole)
-    clock[NOW], clock[WAITING], clock[WAKES] = -1, total, 1  # the policy's first turn is at 0
+def _memory(queues: Queues, rules: Rules) -> Memory:
+    services, room, whole = queues.head.size, 4 * rules.owner.size + 16, np.int64
+    heads = zip(queues.head, queues.stop, rules.full, rules.wait, strict=True)
+    clock = np.zeros(WAKES + 1, dtype=whole)
+    clock[NOW], clock[WAITING], clock[WAKES] = -1, queues.arrival_ns.size, 1  # the policy's first turn is at 0
     return Memory(
         clock=clock,
         level=np.array([100.0, 0.0, -1.0]),
-        ready_at=np.zeros(services, dtype=whole),
+        ready_at=np.array([ready(queues.arrival_ns, *row) for row in heads], dtype=whole),
         until=np.zeros(services, dtype=whole),
         share=np.zeros(services),
         order=np.zeros(services, dtype=whole),
@@ -145,8 +143,8 @@ def _memory(total: int, services: int, windows: int, period: float) -> Memory:
         blocked_owner=np.zeros(room, dtype=whole),
         received=np.zeros(services),
         pages=np.zeros((MEMORY, services)),
-        ring=np.array([0, 1], dtype=whole),
-        turn_at=np.array([period]),
+        newest=np.zeros(1, dtype=whole),
+        turn_at=np.array([rules.period]),
         ahead=np.zeros((room, 2)),
         ahead_owner=np.zeros(room, dtype=whole),
     )

@@ -3,8 +3,11 @@
 Reads like `policies/dstack.py` with indices for names: `own` is the share of a service's windows and
 `rung` a place in its ladder of shares, the last of which is `own`. A service has one launch in flight
 at most, so `until` says when it ends (0: none). Sums of shares are taken in the order of the Python
-policy, for the same rounding. All that is compiled together lies in this file: numba's cache compiles
-anew when the file changes, not when another does that it imports.
+policy, for the same rounding.
+
+All that is compiled together lies in this file, and what policies may come to change is an argument:
+numba's cache compiles anew when a file changes, but not when another does that it imports. The loop is
+one long function because numba counts the users of every array that is passed to another.
 """
 
 from __future__ import annotations
@@ -15,26 +18,19 @@ import numpy as np
 
 from dstack_lab.compiled.books import BROKEN, DONE, DROPPED, FULL, LAST_NS, Floats, Integers, Log, Queues
 from dstack_lab.compiled.jit import jit
-from dstack_lab.ledger import SHARE_SLACK
-from dstack_lab.policies.dstack import MEMORY
-from dstack_lab.policies.windows import EPSILON_MS
 from dstack_lab.state import NEVER_NS, NS_PER_MS
 
 if TYPE_CHECKING:
     from dstack_lab.compiled.dstack import Memory, Rules
 
-#: Places in `clock` and in `level`, which keep a run that stops for a longer log.
+#: Places in `Memory.clock` and in `Memory.level`, which keep a run that stops for a longer log.
 NOW, LAUNCHED_AT, LAUNCHES, WAITING, RUNNING, CURSOR, BLOCKED, WAKES = range(8)
-CLOCK = 8
 FREE, BEGAN, WOKEN = range(3)
-#: Wake-ups that can be ahead at once: one per window that is next, and rarely a second.
-MOST_WAKES = 8
 PLANNED, OPPORTUNISTIC = 1, 2
-NOTES = ("", "planned", "opportunistic")
 
 
 @jit
-def _ready(arrival: Integers, head: int, stop: int, full: int, wait: int) -> int:
+def ready(arrival: Integers, head: int, stop: int, full: int, wait: int) -> int:
     """When a batch is full or its oldest request has waited."""
     if head >= stop:
         return NEVER_NS
@@ -43,27 +39,17 @@ def _ready(arrival: Integers, head: int, stop: int, full: int, wait: int) -> int
 
 
 @jit
-def begin(queues: Queues, rules: Rules, memory: Memory) -> None:
-    """Look at the heads of the queues for the first time."""
-    for i in range(queues.head.size):
-        memory.ready_at[i] = _ready(queues.arrival_ns, queues.head[i], queues.stop[i], rules.full[i], rules.wait[i])
-
-
-@jit
-def _batch(
-    arrival: Integers, head: int, stop: int, now: int, planned: int, most: int, slo: int, ms: Floats, i: int, rung: int
-) -> int:
+def _batch(times: Integers, head: int, stop: int, now: int, full: int, most: int, slo: int, ms: Floats, i: int, r: int) -> int:
     """All that waits up to the planned batch; more of it if the oldest request is still in time."""
-    end = min(head + planned, stop)
-    k = head
-    while k < end and arrival[k] <= now:
+    k, end = head, min(head + full, stop)
+    while k < end and times[k] <= now:
         k += 1
-    if k - head == planned:
+    if k - head == full:
         end = min(head + most, stop)
-        while k < end and arrival[k] <= now:
+        while k < end and times[k] <= now:
             k += 1
-        limit = (arrival[head] + slo) / NS_PER_MS - now / NS_PER_MS
-        while k - head > planned and ms[i, rung, k - head] > limit:
+        limit = (times[head] + slo) / NS_PER_MS - now / NS_PER_MS
+        while k - head > full and ms[i, r, k - head] > limit:
             k -= 1
     return k - head
 
@@ -75,7 +61,7 @@ def _fits(rules: Rules, memory: Memory, cursor: int, began: float, running: int,
     n = 0
     while True:
         start = began + rules.start[cursor]
-        if start >= end - EPSILON_MS:
+        if start >= end - rules.epsilon:
             break
         if rules.owner[cursor] != i:
             if n == owner.size:
@@ -95,7 +81,7 @@ def _fits(rules: Rules, memory: Memory, cursor: int, began: float, running: int,
         for r in range(running):
             if until[memory.order[r]] > at:
                 held += memory.share[memory.order[r]]
-        if reserved + share + held > 100 + EPSILON_MS:
+        if reserved + share + held > 100 + rules.epsilon:
             return 0
     return 1
 
@@ -103,17 +89,14 @@ def _fits(rules: Rules, memory: Memory, cursor: int, began: float, running: int,
 @jit
 def _credit(memory: Memory, period: float, now_ms: float, i: int, area: float) -> None:
     """Book GPU%·ms that service `i` received, on pages of one period each."""
-    pages, ring, received = memory.pages, memory.ring, memory.received
-    while now_ms >= memory.turn_at[0]:
-        if ring[1] == MEMORY:
-            for k in range(received.size):
-                received[k] -= pages[ring[0], k]
-            ring[0] = (ring[0] + 1) % MEMORY
-            ring[1] -= 1
-        pages[(ring[0] + ring[1]) % MEMORY, :] = 0.0
-        ring[1] += 1
+    pages, newest, received = memory.pages, memory.newest, memory.received
+    while now_ms >= memory.turn_at[0]:  # the oldest page becomes the newest
+        newest[0] = newest[0] + 1 if newest[0] + 1 < len(pages) else 0
+        for k in range(received.size):
+            received[k] -= pages[newest[0], k]
+            pages[newest[0], k] = 0.0
         memory.turn_at[0] += period
-    pages[(ring[0] + ring[1] - 1) % MEMORY, i] += area
+    pages[newest[0], i] += area
     received[i] += area
 
 
@@ -151,8 +134,8 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
     """Run until the end, or until the log is full."""
     arrival, head, stop = queues.arrival_ns, queues.head, queues.stop
     clock, level, ready_at, until, order = memory.clock, memory.level, memory.ready_at, memory.until, memory.order
-    own, slo, received, blocked, wakes = rules.own, rules.slo, memory.received, memory.blocked, memory.wakes
-    services, windows, room = head.size, rules.owner.size, log.batch.size
+    own, slo, ms, received, blocked, wakes = rules.own, rules.slo, rules.ms, memory.received, memory.blocked, memory.wakes
+    services, windows, room, owner = head.size, rules.owner.size, log.batch.size, memory.blocked_owner
     now, launched_at, number, waiting = clock[NOW], clock[LAUNCHED_AT], clock[LAUNCHES], clock[WAITING]
     running, cursor, held_back, woken_ahead = clock[RUNNING], clock[CURSOR], clock[BLOCKED], clock[WAKES]
     free, began, woken = level[FREE], level[BEGAN], level[WOKEN]
@@ -174,7 +157,7 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
             for i in range(services):
                 if now < ready_at[i] < at:
                     at = ready_at[i]
-        if at == NEVER_NS or (at > rules.duration and running == 0 and at > max(rules.duration, launched_at) + rules.stall):
+        if at == NEVER_NS or (running == 0 and at > max(rules.duration, launched_at) + rules.stall):
             break
         if at > LAST_NS:
             how = BROKEN
@@ -203,20 +186,20 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
                 last = min(now + rules.margin[i], now)
                 if head[i] < stop[i] and arrival[head[i]] <= last:
                     gone += _drop(queues, i, last)
-                    ready_at[i] = _ready(arrival, head[i], stop[i], rules.full[i], rules.wait[i])
+                    ready_at[i] = ready(arrival, head[i], stop[i], rules.full[i], rules.wait[i])
             if gone > 0:
                 waiting -= gone
-                if woken_ahead == MOST_WAKES:
+                if woken_ahead == wakes.size:
                     how = BROKEN
                     break
                 wakes[woken_ahead] = now
                 woken_ahead += 1
                 continue
         launches, taken = 0, 0.0
-        if rules.planned and (held_back > 0 or upcoming <= now_ms + EPSILON_MS):
-            horizon, total = now_ms + 2 * EPSILON_MS - EPSILON_MS, held_back
-            while upcoming < horizon and total < memory.blocked_owner.size:
-                memory.blocked_owner[total] = rules.owner[cursor]
+        if rules.planned and (held_back > 0 or upcoming <= now_ms + rules.epsilon):
+            horizon, total = now_ms + 2 * rules.epsilon - rules.epsilon, held_back
+            while upcoming < horizon and total < owner.size:
+                owner[total] = rules.owner[cursor]
                 blocked[total, 0], blocked[total, 1] = began + rules.end[cursor], began + rules.next_end[cursor]
                 total += 1
                 cursor += 1
@@ -228,20 +211,20 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
                 break
             held_back = 0
             for w in range(total):
-                i, rung = memory.blocked_owner[w], rules.rungs[memory.blocked_owner[w]] - 1
+                i, rung = owner[w], rules.rungs[owner[w]] - 1
                 if until[i] > 0 or chosen[i]:
                     continue
-                batch = _batch(arrival, head[i], stop[i], now, rules.batch[i], rules.most[i], slo[i], rules.ms, i, rung)
+                batch = _batch(arrival, head[i], stop[i], now, rules.batch[i], rules.most[i], slo[i], ms, i, rung)
                 if batch == 0 or (ready_at[i] > now and (arrival[head[i]] + slo[i]) / NS_PER_MS >= blocked[w, 1]):
                     continue
-                if own[i] <= free - taken + EPSILON_MS:
-                    _credit(memory, rules.period, now_ms, i, own[i] * rules.ms[i, rung, batch])
+                if own[i] <= free - taken + rules.epsilon:
+                    _credit(memory, rules.period, now_ms, i, own[i] * ms[i, rung, batch])
                     plan[launches, 0], plan[launches, 1], plan[launches, 2], plan[launches, 3] = i, rung, batch, PLANNED
                     launches += 1
                     taken += own[i]
                     chosen[i] = True
                 elif now_ms < blocked[w, 0]:
-                    memory.blocked_owner[held_back] = i
+                    owner[held_back] = i
                     blocked[held_back, 0], blocked[held_back, 1] = blocked[w, 0], blocked[w, 1]
                     held_back += 1
         if rules.opportunistic and free >= rules.needs:
@@ -264,8 +247,8 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
             for k in range(n):
                 others += own[queue[k]]
             for w in range(held_back):
-                reserved += own[memory.blocked_owner[w]]
-            spare = free - taken - reserved + EPSILON_MS
+                reserved += own[owner[w]]
+            spare = free - taken - reserved + rules.epsilon
             for k in range(n):
                 i = queue[k]
                 others -= own[i]
@@ -273,15 +256,15 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
                     share = rules.ladder[i, rung]
                     if share > (spare - others if share > own[i] else spare):
                         continue
-                    batch = _batch(arrival, head[i], stop[i], now, rules.batch[i], rules.most[i], slo[i], rules.ms, i, rung)
-                    end = now_ms + rules.ms[i, rung, batch]
+                    batch = _batch(arrival, head[i], stop[i], now, rules.batch[i], rules.most[i], slo[i], ms, i, rung)
+                    end = now_ms + ms[i, rung, batch]
                     if rules.planned and upcoming < end:
                         fits = _fits(rules, memory, cursor, began, running, i, share + taken, end)
                         if fits == 2:
                             how = BROKEN
                         if fits != 1:
                             continue
-                    _credit(memory, rules.period, now_ms, i, share * rules.ms[i, rung, batch])
+                    _credit(memory, rules.period, now_ms, i, share * ms[i, rung, batch])
                     plan[launches, 0], plan[launches, 1], plan[launches, 2], plan[launches, 3] = i, rung, batch, OPPORTUNISTIC
                     launches += 1
                     taken += share
@@ -290,11 +273,11 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
         for k in range(launches):
             i, rung, batch, note = plan[k]
             share = rules.ladder[i, rung]
-            if share > free + SHARE_SLACK:
+            if share > free + rules.slack:
                 how = BROKEN
             until[i] = now + rules.cost[i, rung, batch]
             _book(queues, log, number, i, batch, now, until[i], share, note)
-            ready_at[i] = _ready(arrival, head[i], stop[i], rules.full[i], rules.wait[i])
+            ready_at[i] = ready(arrival, head[i], stop[i], rules.full[i], rules.wait[i])
             memory.share[i], order[running] = share, i
             running += 1
             free -= share
@@ -304,7 +287,7 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
         if rules.planned and upcoming > woken:
             woken = upcoming
             at = int(np.rint(woken * NS_PER_MS))
-            if at < now or woken_ahead == MOST_WAKES:
+            if at < now or woken_ahead == wakes.size:
                 how = BROKEN
             else:
                 wakes[woken_ahead] = at
