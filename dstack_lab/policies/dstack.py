@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
 from dstack_lab.policies.calendar import Booking, Calendar
 from dstack_lab.policies.scoreboard import Scoreboard
-from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, plan_period
+from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, ladders, plan_period
 from dstack_lab.services import Allocation, Plan
 
 #: The scoreboard remembers this many periods.
@@ -60,7 +60,7 @@ class DStack(Policy):
     def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
         """Follow the windows of `period` from `now` on."""
         self.point = {a.service: a for a in period.allocations}
-        self.ladder = _ladders(plan, period)
+        self.ladder = ladders(plan, period)
         self.calendar = Calendar(period, now)
         self.blocked: list[Booking] = []  # windows whose time has come but whose share is not free yet
         self.woken_ms = -1.0
@@ -72,7 +72,7 @@ class DStack(Policy):
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """From the share of each service's windows up to the plan's."""
-        return {name: tuple(sorted(ladder)) for name, ladder in _ladders(plan, plan_period(plan, self.reject)).items()}
+        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, plan_period(plan, self.reject)).items()}
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Planned windows first, then whatever fits before the next ones."""
@@ -168,13 +168,3 @@ def _added(shares: Iterable[float]) -> float:
     for share in shares:
         total += share
     return total
-
-
-def _ladders(plan: Plan, period: PeriodPlan) -> dict[str, tuple[float, ...]]:
-    """Shares of each service, largest first: the plan's if it is larger, that of its windows, and one between."""
-    ladders = {}
-    for wanted, placed in zip(plan.allocations, period.allocations, strict=True):
-        between = [s for s in plan.shares if placed.gpu_pct < s < wanted.gpu_pct]
-        middle = between[len(between) // 2 :][:1]
-        ladders[placed.service] = tuple(sorted({max(wanted.gpu_pct, placed.gpu_pct), *middle, placed.gpu_pct}, reverse=True))
-    return ladders

@@ -198,3 +198,13 @@ def _earliest(period: float, placed: list[Window], point: Allocation, release: f
         if all(u + point.gpu_pct <= 100 + EPSILON_MS for u in used):
             return start
     return None
+
+
+def ladders(plan: Plan, period: PeriodPlan) -> dict[str, tuple[float, ...]]:
+    """Shares of each service, largest first: the plan's if it is larger, that of its windows, and one between."""
+    ladders = {}
+    for wanted, placed in zip(plan.allocations, period.allocations, strict=True):
+        between = [s for s in plan.shares if placed.gpu_pct < s < wanted.gpu_pct]
+        middle = between[len(between) // 2 :][:1]
+        ladders[placed.service] = tuple(sorted({max(wanted.gpu_pct, placed.gpu_pct), *middle, placed.gpu_pct}, reverse=True))
+    return ladders
