@@ -12,7 +12,7 @@ from dstack_lab.constraints import fits, points
 from dstack_lab.optimizer import optimize
 from dstack_lab.policies.windows import plan_period
 from dstack_lab.profiles import Profile
-from dstack_lab.services import InfeasiblePlan, Plan, Service
+from dstack_lab.services import Plan, Service
 
 Array = NDArray[np.float64]
 METHODS = ("dstack", "temporal", "exclusive")
@@ -20,6 +20,7 @@ METHODS = ("dstack", "temporal", "exclusive")
 #: Added to the demand of what cannot be: above any real demand, and finite, so that a search sees what makes it less.
 HEAVY = 1e6
 #: Batches of Temporal that are tried fill in these parts of the SLO.
+BLOCK = 0.75
 FILLS = (0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 
@@ -54,47 +55,76 @@ def shares_for(profile: Profile, services: Sequence[Service], method: str) -> tu
     return granted if method == "dstack" else granted[-1:]
 
 
-def plan_gpu(services: Sequence[Service], profile: Profile, method: str, objective: str, check: bool = True) -> Plan:
-    """Plan one GPU for services of the rates that it shall serve.
+def plan_gpu(services: Sequence[Service], profile: Profile, method: str, objective: str) -> Plan:
+    """Choose operating points on one GPU for services of the rates that it shall serve, for D-STACK with a period plan.
 
     Raises
     ------
     InfeasiblePlan
-        If there are no operating points; with `check`, also if the method's scheduler cannot hold them: D-STACK finds
-        no period plan, or a temporal scheduler may miss a deadline (`meets_deadlines`).
+        If there are no operating points, or no period plan holds them.
     """
     plan = optimize(services, profile, objective, shares_for(profile, services, method))
-    if check and method == "dstack":
+    if method == "dstack":
         plan_period(plan)
-    elif check and method == "temporal" and not any(meets_deadlines(plan, fill) for fill in FILLS):
-        raise InfeasiblePlan("no batches let one launch at a time keep every deadline")
     return plan
 
 
-def meets_deadlines(plan: Plan, fill: float) -> bool:
-    """Whether one launch at a time, earliest deadline first, keeps every deadline with batches that fill in `fill` of the SLO.
+class Deadlines:
+    """Whether one launch at a time, earliest deadline first, keeps the deadlines of services that share a GPU.
 
-    The processor-demand test of non-preemptive earliest deadline first (Jeffay, Stanat, Martel 1991; George, Rivierre,
-    Spuri 1996), for requests that come evenly at their rates: batches of b come b/r apart, take L(b), and are due
-    SLO - (b-1)/r after their last request; what is due until t, and the longest launch that may have begun before it
-    and is due later, must fit into t. Temporal itself launches sooner, with smaller batches, when the GPU is idle.
+    Parameters
+    ----------
+    services : sequence of Service
+    profile : Profile
+        Of the GPU; may lack some of the models.
+
+    Notes
+    -----
+    The processor-demand test of non-preemptive earliest deadline first (Jeffay, Stanat, Martel 1991; George,
+    Rivierre, Spuri 1996), for requests that come evenly at their rates. Batches of b come b/r apart, take L(b), and are
+    due SLO - (b-1)/r after their last request. What is due until t, and the longest launch that may have begun before
+    and is due later, must fit into t, for every t. That launch is of the batch that gathers in half its SLO: so
+    long a service with a late deadline may wait for the others. Some batches that fill in a part of the SLO (`FILLS`) have to
+    pass: a sufficient test. `Temporal` launches smaller batches when the GPU is idle, and its requests come unevenly.
     """
-    share = plan.shares[-1]
-    cost, gap, due = [], [], []
-    for service, allocation, table in zip(plan.services, plan.allocations, plan.tables, strict=True):
-        rate = allocation.rate_rps / 1000
-        largest = max((b for b in range(1, table.batch_max + 1) if 2 * table.at(b, share) <= service.slo_ms), default=1)
-        batch = min(max(1, int(fill * service.slo_ms * rate)), largest)
-        cost.append(table.at(batch, share))
-        gap.append(batch / rate)
-        due.append(service.slo_ms - (batch - 1) / rate)
-    c, p, d = np.array([cost, gap, due])
-    busy = float((c / p).sum())
-    if busy > 1 or (c > d).any():
-        return False
-    # beyond this the demand can no longer catch up with the time; close to busy = 1 it is cut at 20 of the longest deadlines
-    end = min(max(d.max(), float(((p - d).clip(0) * c / p).sum()) / max(1 - busy, 1e-9)), 20 * d.max())
-    instants = np.unique(np.concatenate([np.arange(x, end + 1e-9, y) for x, y in zip(d, p, strict=True)]))
-    after = instants[:, None] - d
-    needed = (np.floor(after / p + 1e-9) + 1).clip(0) @ c + np.where(after < 0, c, 0.0).max(axis=1)
-    return bool((needed <= instants + 1e-9).all())
+
+    def __init__(self, services: Sequence[Service], profile: Profile) -> None:
+        self._slo_ms = np.array([s.slo_ms for s in services])
+        self._ms: list[Array] = []
+        for service in services:
+            known = service.model in profile.models
+            ms = np.full(1, np.inf)
+            if known:
+                share = shares_for(profile, services, "temporal")
+                ms = points(service_tables([service], profile)[0], share)[0][:, 0]
+                ms = ms[: max(1, int(np.searchsorted(2 * ms, service.slo_ms, side="right")))]  # no larger batch is launched
+            self._ms.append(ms)
+
+    def kept(self, rates_rps: Sequence[float]) -> bool:
+        """Whether services of these rates [requests/s] keep their deadlines; a rate may be 0."""
+        at = [m for m, rate in enumerate(rates_rps) if rate > 0]
+        rate, slo = np.array([rates_rps[m] / 1000 for m in at]), self._slo_ms[at]
+        largest = np.array([len(self._ms[m]) for m in at])
+        block = self._cost(at, self._filled(BLOCK, slo, rate, largest))
+        return any(self._fits(at, self._filled(fill, slo, rate, largest), rate, slo, block) for fill in FILLS)
+
+    @staticmethod
+    def _filled(fill: float, slo: Array, rate: Array, largest: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Batch of each service that fills in a part of its SLO."""
+        return np.minimum(np.maximum((fill * slo * rate).astype(np.int64), 1), largest)
+
+    def _cost(self, at: Sequence[int], batch: NDArray[np.int64]) -> Array:
+        return np.array([self._ms[m][b - 1] for m, b in zip(at, batch.tolist(), strict=True)])
+
+    def _fits(self, at: Sequence[int], batch: NDArray[np.int64], rate: Array, slo: Array, block: Array) -> bool:
+        cost, gap, due = self._cost(at, batch), batch / rate, slo - (batch - 1) / rate
+        busy = float((cost / gap).sum())
+        if busy > 1 or (cost > due).any():
+            return False
+        # from `catch_up` on demand stays behind time; close to busy = 1 that is far off: cut at 20 of the longest deadlines
+        catch_up = float(((gap - due).clip(0) * cost / gap).sum()) / max(1 - busy, 1e-9)
+        end = min(max(due.max(), catch_up), 20 * due.max())
+        instants = np.concatenate([np.arange(x, end + 1e-9, y) for x, y in zip(due, gap, strict=True)])
+        after = instants[:, None] - due
+        needed = (np.floor(after / gap + 1e-9) + 1).clip(0) @ cost + np.where(after < 0, block, 0.0).max(axis=1)
+        return bool((needed <= instants + 1e-9).all())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 
 from dstack_lab.checks import count, require
 from dstack_lab.profiles import Profile, load_profile
@@ -45,7 +44,7 @@ class Cluster:
     def __post_init__(self) -> None:
         given = self.gpus
         names: tuple[object, ...] | None = None
-        if isinstance(given, Integral) and not isinstance(given, bool):
+        if isinstance(given, int) and not isinstance(given, bool):
             found: tuple[object, ...] = (self.profile,) * count("gpus", given)
         elif isinstance(given, Mapping):
             names, found = tuple(given), tuple(given.values())

@@ -136,7 +136,7 @@ def even_split(areas: Array, rates_rps: Sequence[float], number: NDArray[np.int6
     )
     parts = np.zeros_like(areas)
     parts[pairs[:, 0], pairs[:, 1]] = np.asarray(solved.x)[:-1]
-    return float(solved.x[-1]), parts
+    return float(np.asarray(solved.x)[-1]), parts
 
 
 def _rows(cost: Array, pairs: NDArray[np.int64]) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ then of the second busiest, and so on; at equal demands, the number of replicas.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from dstack_lab.cluster.demand import HEAVY
 
 Row = tuple[int, ...]
+
+#: Demand of a full GPU [GPU%], with room for rounding.
+FULL = 100 * (1 + 1e-9)
 
 #: One more replica of a service has to lower the demand of the busier of two GPUs by this much [GPU%].
 REPLICA_GAIN_PCT = 1.0
@@ -35,18 +38,33 @@ class Packing:
         Most GPUs that one service may be on.
     alone : bool
         Whether a GPU may hold one service only.
+    allowed : callable of (kind, row), optional
+        Whether a GPU of a kind can hold the grains `row`; asked once for each, and only where the demands fit.
     """
 
-    def __init__(self, costs: NDArray[np.float64], which: Sequence[int], most_replicas: int, alone: bool = False) -> None:
+    def __init__(
+        self,
+        costs: NDArray[np.float64],
+        which: Sequence[int],
+        most_replicas: int,
+        alone: bool = False,
+        allowed: Callable[[int, Row], bool] | None = None,
+    ) -> None:
         self._costs = costs.tolist()
-        self._which, self._most, self._alone = tuple(which), most_replicas, alone
+        self._which, self._most, self._alone, self._ask = tuple(which), most_replicas, alone, allowed
         self.services, self.grains = costs.shape[1], costs.shape[2] - 1
         self._cuts: dict[int, list[Row]] = {}
         self._known: dict[tuple[int, Row], float] = {}
+        self._allowed: dict[tuple[int, Row], bool] = {}
         self._steps = [k for k in range(1, self.grains + 1) if self.grains % k == 0 or k < 4]
 
     def load(self, gpu: int, row: Row) -> float:
         """Demand of a GPU that holds `row` [GPU%]; above `HEAVY` if it cannot."""
+        found = self._demand(gpu, row)
+        return found if self._can(gpu, row) else found + HEAVY
+
+    def _demand(self, gpu: int, row: Row) -> float:
+        """As `load`, but for what `allowed` says."""
         kind = self._which[gpu]
         found = self._known.get((kind, row))
         if found is None:
@@ -56,6 +74,19 @@ class Packing:
                 found += HEAVY
             self._known[kind, row] = found
         return found
+
+    def _can(self, gpu: int, row: Row) -> bool:
+        if self._ask is None or not any(row) or self._demand(gpu, row) > FULL:
+            return True
+        key = self._which[gpu], row
+        if key not in self._allowed:
+            self._allowed[key] = self._ask(*key)
+        return self._allowed[key]
+
+    @property
+    def refused(self) -> bool:
+        """Whether `allowed` ever said no."""
+        return not all(self._allowed.values())
 
     def forbid(self, gpu: int, row: Row) -> None:
         """Bar GPUs of this kind from holding `row`, or more of it."""
@@ -125,19 +156,23 @@ class Packing:
     def _best_step(self, rows: list[Row], gpu: int) -> tuple[int, Row, Row] | None:
         """Return the step from `gpu` to a less busy one that leaves the busier of them least; None if none is better."""
         here = self.load(gpu, rows[gpu])
-        best, found = None, None
         copies = [sum(row[m] > 0 for row in rows) for m in range(self.services)]
+        better = []
         for other, row in enumerate(rows):
             there = self.load(other, row)
             if other == gpu or there > here:
                 continue
             now = _key(here, there, 0)
             for mine, theirs, added in self._steps_between(rows[gpu], row, copies):
-                a, b = self.load(gpu, mine), self.load(other, theirs)
+                a, b = self._demand(gpu, mine), self._demand(other, theirs)
                 key = _key(a, b, added)
-                if key < now and (added <= 0 or max(a, b) <= here - REPLICA_GAIN_PCT) and (best is None or key < best):
-                    best, found = key, (other, mine, theirs)
-        return found
+                if key < now and (added <= 0 or max(a, b) <= here - REPLICA_GAIN_PCT):
+                    better.append((key, other, mine, theirs))
+        # whether services can share a GPU is asked of the best first: it takes longer than all the rest
+        for _, other, mine, theirs in sorted(better):
+            if self._can(gpu, mine) and self._can(other, theirs):
+                return other, mine, theirs
+        return None
 
     def _steps_between(self, mine: Row, theirs: Row, copies: Sequence[int]) -> Iterator[tuple[Row, Row, int]]:
         """Pairs of rows that one step leads to, and how many replicas it adds."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from dstack_lab.arrivals import Poisson
 from dstack_lab.checks import count, require
-from dstack_lab.cluster.demand import HEAVY, METHODS, demands, plan_gpu
+from dstack_lab.cluster.demand import HEAVY, METHODS, demands
 from dstack_lab.cluster.gpus import Cluster
 from dstack_lab.cluster.limits import checked_on, even_split
-from dstack_lab.cluster.packing import Packing, Row
+from dstack_lab.cluster.packing import Row
+from dstack_lab.cluster.search import Search, sped_up
 from dstack_lab.constraints import OBJECTIVES
 from dstack_lab.services import InfeasiblePlan, Plan, Service
 
@@ -21,12 +21,8 @@ from dstack_lab.services import InfeasiblePlan, Plan, Service
 GRAINS = 60
 #: Schedulable at this many times the rates, so that bursts fit; the first with which a placement is found is taken.
 HEADROOMS = (1.5, 1.3, 1.15, 1.07, 1.0)
-#: The test for temporal scheduling is sufficient, not necessary: where nothing passes it, passing it with parts of the rates will do.
+#: The test for temporal scheduling is strict: where nothing passes it, passing it with parts of the rates will do.
 PARTS = (0.9, 0.8, 0.7, 0.6, 0.5)
-#: How often the search goes on around a GPU whose services could not be planned together.
-ROUNDS = 20
-#: Demand of a full GPU [GPU%], with room for rounding.
-FULL = 100 * (1 + 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +94,7 @@ class Placement:
         return tuple(r for r in self.replicas if r.service == service)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per replica: GPU, device, part of the service's requests, rate, demand, and share and batch of its plan."""
+        """Return one row per replica: where it is, its part of the requests, rate and demand, its share and batch there."""
         device = dict(zip(self.cluster.names, (p.provenance.device for p in self.cluster.profiles()), strict=True))
         rows = []
         for r in self.replicas:
@@ -169,73 +165,20 @@ def place(
     for headroom in HEADROOMS + (PARTS if method == "temporal" else ()):
         more = costs
         if headroom > 1:
-            more = np.array([demands(_at(found, headroom), kind, method, grains) for kind in kinds])
-        search = _Search(found, cluster, method, objective, headroom, Packing(more, which, most, alone=method == "exclusive"))
+            more = np.array([demands(sped_up(found, headroom), kind, method, grains) for kind in kinds])
+        search = Search(found, cluster, method, objective, headroom, more, most)
         parts = None if method == "exclusive" else _linear(more[list(which)], [s.rate_rps for s in found])
         rows = search.run(parts)
         if rows is None:
             continue
-        plans = {gpu: search.plan(gpu, row, 1.0 if method == "dstack" else None) for gpu, row in enumerate(rows) if any(row)}
+        plans = {gpu: search.plan(gpu, row) for gpu, row in enumerate(rows) if any(row)}
         if all(plans.values()):
             return _placement(found, cluster, rows, costs, plans, method)
     raise InfeasiblePlan(_too_much(found, cluster, search, costs, method))
 
 
-class _Search:
-    """Placements at the least peak, until one can be scheduled with some headroom on every GPU."""
-
-    def __init__(
-        self, services: tuple[Service, ...], cluster: Cluster, method: str, objective: str, headroom: float, packing: Packing
-    ) -> None:
-        self._services, self._method, self._objective = services, method, objective
-        self._profiles, self._which = cluster.profiles(), cluster.kinds()[1]
-        self._headroom, self._packing = headroom, packing
-        self.rows: list[Row] = []
-        self.refused = False  # whether the demands alone were not too much
-
-    def run(self, parts: np.ndarray | None) -> list[Row] | None:
-        """Return the rows of a placement; None if none was found."""
-        packing = self._packing
-        self.rows = packing.best(parts)
-        good: set[tuple[int, Row]] = set()
-        for _ in range(ROUNDS):
-            if packing.peak(self.rows)[0] > FULL:
-                self.rows = packing.best(parts)
-            if packing.peak(self.rows)[0] > FULL:
-                return None
-            new = {(self._which[g], r): g for g, r in enumerate(self.rows) if any(r) and (self._which[g], r) not in good}
-            bad = [(gpu, row) for (_, row), gpu in new.items() if self.plan(gpu, row, self._headroom) is None]
-            if not bad:
-                return self.rows
-            good.update(key for key, gpu in new.items() if (gpu, key[1]) not in bad)
-            self.refused = True
-            for gpu, row in bad:
-                packing.forbid(gpu, row)
-            self.rows = packing.improve(self.rows)
-        return None
-
-    def plan(self, gpu: int, row: Row, headroom: float | None) -> Plan | None:
-        """Plan of a GPU at so many times its rates; None if its services cannot be scheduled together.
-
-        Without a headroom nothing but the operating points is asked for.
-        """
-        # planned as Poisson streams of the replica's rate: what a replica receives of another process is not one of its kind
-        grains = self._packing.grains
-        mine = [replace(s, arrivals=Poisson(s.rate_rps * k / grains)) for s, k in zip(self._services, row, strict=True) if k]
-        try:
-            scaled = mine if headroom is None else _at(mine, headroom)
-            return plan_gpu(scaled, self._profiles[gpu], self._method, self._objective, check=headroom is not None)
-        except InfeasiblePlan:
-            return None
-
-
-def _at(services: Sequence[Service], factor: float) -> tuple[Service, ...]:
-    """Return the services at so many times their rates."""
-    return tuple(replace(s, arrivals=Poisson(s.rate_rps * factor)) for s in services)
-
-
 def _linear(costs: np.ndarray, rates: Sequence[float]) -> np.ndarray:
-    """Part of each rate by GPU that loads all GPUs most evenly if every request costs the least it can, shape (services, gpus)."""
+    """Part of each rate by GPU, shape (services, gpus), with which the GPUs are loaded most evenly at least areas."""
     grains = costs.shape[2] - 1
     rate = np.asarray(rates)[None, :, None] * np.arange(1, grains + 1) / grains
     area = np.where(costs[:, :, 1:] < HEAVY, costs[:, :, 1:] / rate * 1000, np.inf).min(axis=2).T
@@ -270,7 +213,7 @@ def _placement(
     return Placement(services, cluster, tuple(replicas), by_name, method)
 
 
-def _too_much(services: Sequence[Service], cluster: Cluster, search: _Search, costs: np.ndarray, method: str) -> str:
+def _too_much(services: Sequence[Service], cluster: Cluster, search: Search, costs: np.ndarray, method: str) -> str:
     """Say which services ask for how much over the cluster, and the demand on each GPU of the best placement found."""
     grains, which, gpus = costs.shape[2] - 1, cluster.kinds()[1], len(cluster)
     asks = []

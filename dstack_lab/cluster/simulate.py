@@ -79,7 +79,7 @@ class ClusterTrace:
 
     @property
     def launches(self) -> pd.DataFrame:
-        """Launches of all GPUs by start, as in `Trace`, with a column ``gpu``; ``gpu_pct`` is of that GPU, ``launch`` is counted on."""
+        """Launches of all GPUs by start, as in `Trace`, with a column ``gpu``; ``gpu_pct`` is of that GPU."""
         return self._joined("launches").sort_values("start_ms", kind="stable", ignore_index=True)
 
     def merged(self) -> Trace:
@@ -93,10 +93,7 @@ class ClusterTrace:
         launches = self.launches
         launches[["gpu_pct", "knee_pct"]] /= gpus
         services = pd.DataFrame(
-            [
-                {"service": s.name, "model": s.model, "slo_ms": s.slo_ms, "rate_rps": s.rate_rps}
-                for s in self.placement.services
-            ]
+            [{"service": s.name, "model": s.model, "slo_ms": s.slo_ms, "rate_rps": s.rate_rps} for s in self.placement.services]
         )
         events = [t.events.assign(gpu=g) for g, t in self.traces.items() if len(t.events)]
         parts = [t.provenance for t in self.traces.values()]
@@ -116,10 +113,10 @@ class ClusterTrace:
 
     def _joined(self, table: str) -> pd.DataFrame:
         names = [s.name for s in self.placement.services]
-        columns = {"service": names, "outcome": list(OUTCOMES), "gpu": list(self.placement.cluster.names)}
+        columns: dict[str, list[str]] = {"service": names, "outcome": list(OUTCOMES), "gpu": list(self.placement.cluster.names)}
         parts, begin = [], 0
         for gpu, trace in self.traces.items():
-            part = getattr(trace, table).assign(gpu=gpu)
+            part: pd.DataFrame = getattr(trace, table).assign(gpu=gpu)
             part["launch"] = part["launch"].where(part["launch"] < 0, part["launch"] + begin)
             begin += int(trace.launches["launch"].max()) + 1 if len(trace.launches) else 0
             for column in part.columns.intersection(list(columns)):
