@@ -160,6 +160,10 @@ def test_long_runs_are_compiled_and_short_ones_are_not(one, many, monkeypatch):
     assert seen == ["Temporal", "DStack"]
 
 
+def refuses(name):
+    raise ImportError("numpy is too new")
+
+
 def test_a_long_run_in_python_says_why(one, many, monkeypatch):
     seen = spy(monkeypatch)
     own = lab.Temporal()
@@ -168,8 +172,12 @@ def test_a_long_run_in_python_says_why(one, many, monkeypatch):
     assert lab.simulate(one, own, 1000).provenance.marks == ("python engine: no compiled form of Temporal",)
     scattered = lab.simulate(one, lab.Temporal(), 1000, variability=lab.Lognormal(0.1))
     assert scattered.provenance.marks == ("python engine: service times scatter or launches slow each other",)
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     assert lab.simulate(one, lab.Temporal(), 1000).provenance.marks == ("python engine: numba is not installed",)
+    monkeypatch.setattr(compiled.importlib, "import_module", refuses)
+    assert lab.simulate(one, lab.Temporal(), 1000).provenance.marks == (
+        "python engine: numba cannot be imported: numpy is too new",
+    )
     assert lab.simulate(one, lab.Temporal(), 1000, engine="python").provenance.marks == ()
     assert seen == []
 
@@ -181,7 +189,7 @@ def test_what_cannot_be_compiled_is_refused_with_the_cure(one, monkeypatch):
         lab.simulate(one, lab.Temporal(), 100, variability=lab.Lognormal(0.1), engine="compiled")
     with pytest.raises(ValueError, match=r"engine = 'fast': must be one of \('auto', 'python', 'compiled'\)"):
         lab.simulate(one, lab.Temporal(), 100, engine="fast")
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(ValueError, match=r"install numba: pip install dstack-lab\[fast\] \(numba is not installed\)"):
         lab.simulate(one, lab.DStack(), 100, engine="compiled")
 

@@ -9,7 +9,6 @@ not keep what a compiled run learned. numba is imported by a compiled run only.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Literal
 
 import numpy as np
@@ -43,8 +42,12 @@ def obstacle(policy: Policy) -> str:
     """Return what keeps runs of `policy` from being compiled, empty if nothing."""
     if type(policy) not in FORMS or not {"decide", "reset", "rewrite", "wait_ms"}.isdisjoint(vars(policy)):
         return f"no compiled form of {policy.name}"
-    if importlib.util.find_spec("numba") is None:
+    try:
+        importlib.import_module("numba")
+    except ModuleNotFoundError:
         return "numba is not installed"
+    except ImportError as error:  # one that was built for another numpy, say
+        return f"numba cannot be imported: {error}"
     return ""
 
 
