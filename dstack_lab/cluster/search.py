@@ -15,7 +15,7 @@ from dstack_lab.cluster.packing import FULL, Packing, Row
 from dstack_lab.services import InfeasiblePlan, Plan, Service
 
 #: How often the search goes on around GPUs whose services have no period plan: too slow to be asked at every step.
-ROUNDS = 20
+ROUNDS = 10
 
 
 class Search:
