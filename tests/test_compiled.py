@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -119,6 +120,43 @@ def test_dstack_with_32_services():
     points = [(f"s{i}", 60 + i, lab.Poisson(20), 25.0, 2, table(0.4, 0.1, 20, batch_max=8)) for i in range(32)]
     trace = assert_same(plan(*points), lab.DStack(patience=2), 1000, seed=1)
     assert set(trace.launches["note"]) == {"planned", "opportunistic"}
+
+
+class Watched(lab.DStack):
+    """Counts turns with a window whose time has come but whose share is not free yet."""
+
+    def reset(self, plan):
+        super().reset(plan)
+        self.turns = 0
+
+    def _fill(self, state, now, launches):
+        self.turns += bool(self.blocked)
+        super()._fill(state, now, launches)
+
+
+#: Plans where a launch may end a nanosecond after the start of the window that was to follow it:
+#: (SLO, rate, share, batch, fixed and per-item service time, knee) of each service.
+TIGHT = """
+30 80 75 5 3 0.7 30, 30 60 75 1 3 1/3 30, 30 100 25 1 2 0.7 20, 40 80 25 2 1 0.5 30, 60 40 75 4 2 1 30
+60 100 25 5 2 0.7 60, 50 60 50 5 3 0.5 20, 30 100 75 4 1 1/3 20, 30 100 25 2 2 1 60, 60 100 50 5 2 1 30
+60 60 75 5 1/3 0.7 20, 40 40 50 6 1 1/3 45, 100 60 25 3 2 1 30, 70 60 75 5 2 1/3 30, 60 40 75 4 2 0.7 20
+"""
+
+
+@needs_numba
+def test_windows_that_rounding_blocks_for_a_nanosecond():
+    turns = 0
+    for line in TIGHT.strip().splitlines():
+        rows = [[float(Fraction(word)) for word in row.split()] for row in line.split(",")]
+        points = [
+            (f"s{i}", slo, lab.Poisson(rate), share, int(batch), table(*times, batch_max=8))
+            for i, (slo, rate, share, batch, *times) in enumerate(rows)
+        ]
+        made, policy = plan(*points), Watched(patience=1)
+        lab.simulate(made, policy, 1500, 1)
+        assert_same(made, lab.DStack(patience=1), 1500, 1)
+        turns += policy.turns
+    assert turns > 0
 
 
 class Mine(lab.Temporal):
