@@ -45,7 +45,8 @@ def optimize(
         GPU% to choose from; those of the device, else those of the profile, by default.
     overload : {"raise", "reject"}
         If the rates together exceed what any schedule can serve: raise, or size the plan for the part
-        of each rate that the `bound` admits (ask the policy to drop late requests then).
+        that fits, the same part of every rate (ask the policy to drop late requests then). The `bound`
+        would serve more requests in all by starving the expensive services.
     device : Device, optional
         Where the plan is to run: its ``shares()`` are what can be granted.
 
@@ -78,8 +79,10 @@ def optimize(
                 f"the services ask for more than 100 GPU% even at their cheapest points: {asks}; "
                 "lower a rate, relax an SLO, or pass overload='reject'"
             )
-        admitted = zip(services, tables, limit.rates_rps.values(), strict=True)
-        rates = [_servable(service, table, granted, rate) for service, table, rate in admitted]
+        part = 100_000 / sum(r * a for r, a in zip(rates, limit.area_pct_ms, strict=True))
+        rates = [
+            _servable(service, table, granted, part * rate) for service, table, rate in zip(services, tables, rates, strict=True)
+        ]
     choices = [_ranked(s, t, granted, r, objective) for s, t, r in zip(services, tables, rates, strict=True)]
     allocations = []
     for service, table, rate, pick in zip(services, tables, rates, _fit_together(choices), strict=True):

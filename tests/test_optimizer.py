@@ -207,9 +207,11 @@ def test_overload_is_refused_with_who_asks_for_what_or_planned_for_its_admitted_
     with pytest.raises(lab.InfeasiblePlan, match=r"light 2000/s at .* GPU%·ms = \d+ %, heavy 900/s"):
         lab.optimize(services, PROFILE)
     plan = lab.optimize(services, PROFILE, overload="reject")
-    admitted = lab.bound(services, PROFILE).rates_rps
-    for allocation in plan.allocations:
-        assert 0 < allocation.rate_rps <= admitted[allocation.service] * (1 + 1e-9)
+    areas = lab.bound(services, PROFILE).area_pct_ms
+    part = 100_000 / sum(s.rate_rps * a for s, a in zip(services, areas, strict=True))
+    for service, allocation in zip(services, plan.allocations, strict=True):
+        assert allocation.rate_rps <= part * service.rate_rps * (1 + 1e-9)
+        assert allocation.rate_rps >= part * service.rate_rps / 10  # nobody is starved
     assert plan.demand_pct <= 101
 
 

@@ -95,7 +95,7 @@ def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, du
             for b in range(1, table.batch_max + 1):
                 ms[i, r, b] = table.at(b, share)
                 cost[i, r, b] = max(1, round(ms[i, r, b].item() * NS_PER_MS))
-    alone = [round(t.at(1, p.gpu_pct) * NS_PER_MS) for t, p in zip(plan.tables, points, strict=True)]
+    planned = [round(p.service_ms * NS_PER_MS) for p in points]
     windows = policy.calendar.windows
     return Rules(
         slo=slo_ns,
@@ -103,7 +103,7 @@ def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, du
         full=np.array([a.batch for a in plan.allocations], dtype=np.int64),
         most=np.array([t.batch_max for t in plan.tables], dtype=np.int64),
         batch=np.array([p.batch for p in points], dtype=np.int64),
-        margin=np.array(alone, dtype=np.int64) - slo_ns - 1,
+        margin=np.array(planned, dtype=np.int64) - slo_ns - 1,
         own=np.array([p.gpu_pct for p in points], dtype=np.float64),
         rungs=np.array([len(shares) for shares in ladders], dtype=np.int64),
         ladder=ladder,

@@ -36,8 +36,9 @@ class DStack(Policy):
         Part of its slack (SLO less service time) that the oldest request of an unfilled batch waits
         before the batch counts as ready for an opportunistic launch; 0 launches whatever waits.
     reject : bool
-        Under overload, plan windows for the part of the load that fits and drop requests that can no
-        longer meet their deadline. Without it an overload is an `InfeasiblePlan`.
+        Under overload, plan windows for the part of the load that fits and drop requests that a planned
+        batch started now would not serve in time: serving the freshest in full batches answers far more
+        in time than small batches of the oldest. Without it an overload is an `InfeasiblePlan`.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class DStack(Policy):
         """Planned windows first, then whatever fits before the next ones."""
         now = state.now_ms
         if self.reject:
-            late = [Drop(s.name, n) for s in state.services if (n := s.late(s.service_ms(1, self.point[s.name].gpu_pct)))]
+            late = [Drop(s.name, n) for s in state.services if (n := s.late(self.point[s.name].service_ms))]
             if late:
                 return [*late, Wake(now)]
         launches: list[Launch] = []
