@@ -1,6 +1,32 @@
 """Where shares are real: each device hands out workers at a GPU%."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from dstack_lab.devices.base import Device, Worker, WorkerDied, WorkerError, WorkerFailed, WorkerTimeout
 from dstack_lab.devices.cpu import Cpu
 
-__all__ = ["Cpu", "Device", "Worker", "WorkerDied", "WorkerError", "WorkerFailed", "WorkerTimeout"]
+#: Names for a GPU machine -> the file that holds them; imported when first used.
+_HOME = {
+    "Green": "green",
+    "GreenError": "green_driver",
+    "SmLedger": "green_ledger",
+    "verify_disjoint": "green_smid",
+}
+
+__all__ = ["Cpu", "Device", "Worker", "WorkerDied", "WorkerError", "WorkerFailed", "WorkerTimeout", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,105 @@
+"""What a tenant of green contexts does for a worker's messages: a network on the SMs it was lent."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dstack_lab.devices.green_driver import GreenError
+from dstack_lab.devices.green_graphs import GraphPool
+from dstack_lab.devices.green_ledger import SmLedger
+from dstack_lab.protocol import Message
+
+#: Networks of this process: tenants of one network share its parameters.
+_networks: dict[tuple[str, str | None, int, int], Any] = {}
+
+
+class GreenBackend:
+    """torch on a lease of a process that holds all tenants (see `dstack_lab.devices.green`).
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        ``device``, ``fine``, ``model``, ``weights``, ``seed``, ``pool``, ``batches``, and ``homes``:
+        the groups to prepare graphs for, those it has without being told otherwise first.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.homes = [tuple(home) for home in options.homes]
+        self.groups = self.homes[0]
+        self.graphs = GraphPool()
+        self.used_graph = False
+
+    def load(self) -> Message:
+        """Open the GPU, cut it, build the network, capture a graph for each batch and home.
+
+        Raises
+        ------
+        ValueError
+            If the network is unknown.
+        GreenError
+            If torch has no CUDA, or green contexts cannot be had here.
+        """
+        import torch
+
+        options = self.options
+        if not torch.cuda.is_available():
+            raise GreenError("torch finds no CUDA here: install a CUDA build of torch on a GPU machine")
+        from dstack_lab import zoo
+
+        self.torch, self.ledger = torch, SmLedger.of(options.device, options.fine)
+        place = f"cuda:{options.device}"
+        torch.cuda.set_device(options.device)  # of this thread
+        key = (options.model, options.weights, options.seed, options.pool)
+        if key not in _networks:
+            network = zoo.load(options.model, weights=options.weights, device=place, seed=options.seed)
+            _networks[key] = network.module, tuple(network.example(options.pool))
+        self.module, self.pool = _networks[key]
+        torch.cuda.synchronize(options.device)  # loaded on another stream
+        for home in self.homes:
+            for batch in options.batches:
+                inputs = [tensor[:batch] for tensor in self.pool]
+                self.graphs.capture((options.model, batch, home), self._digest, inputs, self.ledger.stream(home))
+        granted = self.ledger.context(self.groups).sms
+        return {"groups": self.ledger.groups, "granted_sms": granted, "sms": self.ledger.sms, "graphs": len(self.graphs)}
+
+    def set_threads(self, threads: int) -> None:
+        """Accept the request: the GPU's share does not depend on the CPU's threads."""
+
+    def use(self, groups: Iterable[int]) -> None:
+        """Compute on these groups from now on."""
+        self.groups = tuple(sorted(groups))
+
+    def facts(self) -> Message:
+        """Facts about the last batch: SMs granted, and whether a graph was replayed."""
+        return {"granted_sms": self.ledger.context(self.groups).sms, "graph": self.used_graph}
+
+    def run(self, inputs: Sequence[int]) -> list[list[float]]:
+        """Gather the inputs, run the network on the leased SMs, digest its answer.
+
+        A batch without a graph for these groups runs eagerly, on the same SMs.
+
+        Raises
+        ------
+        ValueError
+            If another tenant holds one of the groups.
+        """
+        torch, options = self.torch, self.options
+        with self.ledger.lease(groups=self.groups) as lease, torch.inference_mode(), torch.cuda.stream(lease.stream):
+            rows = (torch.tensor(inputs) % options.pool).to(f"cuda:{options.device}", non_blocking=True)
+            batch = [tensor.index_select(0, rows) for tensor in self.pool]
+            captured = self.graphs.get((options.model, len(inputs), lease.groups))
+            self.used_graph = captured is not None
+            digest = captured.replay(batch) if captured else self._digest(*batch)
+            classes, scores = digest.cpu().tolist()  # waits for this stream only
+        return [[int(c), s] for c, s in zip(classes, scores, strict=True)]
+
+    def _digest(self, *inputs: Any) -> Any:
+        """Run the network and return a row of classes and one of scores."""
+        answer = self.module(*inputs)
+        while not hasattr(answer, "argmax"):
+            answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
+        flat = answer.reshape(len(inputs[0]), -1)
+        return self.torch.stack([flat.argmax(1).double(), flat.double().mean(1)])

@@ -1,0 +1,82 @@
+"""CUDA graphs by network, batch and place: changing a share is choosing another graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Eager runs before a capture: libraries choose kernels and make workspaces in the first ones.
+WARM_RUNS = 3
+
+#: Network, batch and positions of the groups.
+Key = tuple[str, int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """A graph with the tensors it reads and writes."""
+
+    graph: Any
+    inputs: tuple[Any, ...]
+    output: Any
+
+    def replay(self, inputs: Sequence[Any]) -> Any:
+        """Run the graph on `inputs` on the current stream; the answer is overwritten by the next replay.
+
+        The SMs are those of the stream it was captured on, whatever the current one is.
+        """
+        for static, fresh in zip(self.inputs, inputs, strict=True):
+            static.copy_(fresh, non_blocking=True)
+        self.graph.replay()
+        return self.output
+
+
+@dataclass(slots=True, eq=False)
+class GraphPool:
+    """Graphs of one tenant, of which one runs at a time: they share their working memory.
+
+    Capture all of them before serving starts: a capture empties torch's caches.
+    """
+
+    _graphs: dict[Key, Captured] = field(default_factory=dict)
+    _memory: Any = None
+
+    def capture(self, key: Key, function: Callable[..., Any], inputs: Sequence[Any], stream: Any) -> Captured:
+        """Capture ``function(*inputs)`` on `stream`, whose SMs every replay then uses; once for a key.
+
+        Parameters
+        ----------
+        key : tuple
+            Network, batch and groups.
+        function : callable
+            From tensors to the answer, without synchronising.
+        inputs : sequence of tensor
+            Examples; copied.
+        stream : torch.cuda.Stream
+            The lease's. Without it torch would capture on a stream of its own, which has all SMs.
+        """
+        if key in self._graphs:
+            return self._graphs[key]
+        import torch
+
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            static = tuple(tensor.clone() for tensor in inputs)
+            for _ in range(WARM_RUNS):
+                function(*static)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+                output = function(*static)
+        self._graphs[key] = Captured(graph, static, output)
+        return self._graphs[key]
+
+    def get(self, key: Key) -> Captured | None:
+        """Return the graph of a key; None if it was not captured."""
+        return self._graphs.get(key)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
