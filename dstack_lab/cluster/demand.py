@@ -19,8 +19,9 @@ METHODS = ("dstack", "temporal", "exclusive")
 
 #: Added to the demand of what cannot be: above any real demand, and finite, so that a search sees what makes it less.
 HEAVY = 1e6
-#: Batches of Temporal that are tried fill in these parts of the SLO.
+#: A launch that may be in the way is of the batch that gathers in this part of its SLO.
 BLOCK = 0.75
+#: Batches of Temporal that are tried fill in these parts of the SLO.
 FILLS = (0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 
@@ -83,9 +84,10 @@ class Deadlines:
     The processor-demand test of non-preemptive earliest deadline first (Jeffay, Stanat, Martel 1991; George,
     Rivierre, Spuri 1996), for requests that come evenly at their rates. Batches of b come b/r apart, take L(b), and are
     due SLO - (b-1)/r after their last request. What is due until t, and the longest launch that may have begun before
-    and is due later, must fit into t, for every t. That launch is of the batch that gathers in half its SLO: so
-    long a service with a late deadline may wait for the others. Some batches that fill in a part of the SLO (`FILLS`) have to
-    pass: a sufficient test. `Temporal` launches smaller batches when the GPU is idle, and its requests come unevenly.
+    and is due later, must fit into t, for every t. That launch is of the batch that gathers in three quarters of its
+    SLO: so long a service with a late deadline may wait for the others. Some batches that fill in a part of the SLO
+    (`FILLS`) have to pass: a sufficient test. `Temporal` itself launches smaller batches when the GPU is idle, and
+    its requests come unevenly.
     """
 
     def __init__(self, services: Sequence[Service], profile: Profile) -> None:

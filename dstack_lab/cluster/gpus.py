@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dstack_lab.checks import count, require
 from dstack_lab.profiles import Profile, load_profile
 
@@ -44,7 +46,7 @@ class Cluster:
     def __post_init__(self) -> None:
         given = self.gpus
         names: tuple[object, ...] | None = None
-        if isinstance(given, int) and not isinstance(given, bool):
+        if isinstance(given, (int, np.integer)) and not isinstance(given, bool):
             found: tuple[object, ...] = (self.profile,) * count("gpus", given)
         elif isinstance(given, Mapping):
             names, found = tuple(given), tuple(given.values())
@@ -61,6 +63,10 @@ class Cluster:
             require(isinstance(name, str) and bool(name), "name of a GPU", name, "a non-empty text")
         object.__setattr__(self, "gpus", found)
         object.__setattr__(self, "names", names)
+
+    def __repr__(self) -> str:
+        kinds = (kind if isinstance(kind, str) else kind.provenance.device for kind in self.gpus)  # type: ignore[union-attr]
+        return f"Cluster({', '.join(f'{name}: {kind}' for name, kind in zip(self.names, kinds, strict=True))})"
 
     def __len__(self) -> int:
         return len(self.names)

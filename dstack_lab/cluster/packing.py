@@ -7,6 +7,7 @@ then of the second busiest, and so on; at equal demands, the number of replicas.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,8 +20,9 @@ Row = tuple[int, ...]
 #: Demand of a full GPU [GPU%], with room for rounding.
 FULL = 100 * (1 + 1e-9)
 
-#: One more replica of a service has to lower the demand of the busier of two GPUs by this much [GPU%].
-REPLICA_GAIN_PCT = 1.0
+#: One more replica of a service has to lower the demand of the busier of two GPUs by this much [GPU%]: it costs memory, and
+#: small parts of a rate make small batches.
+REPLICA_GAIN_PCT = 3.0
 #: Most orders in which services are placed one after the other.
 ORDERS = 8
 
@@ -107,11 +109,29 @@ class Packing:
         """
         starts = [self.one_by_one(order) for order in self._orders()]
         if parts is not None:
-            rounded = self._rounded(parts)
+            rounded = self._merged(self._rounded(parts))
             if all(sum(row[m] > 0 for row in rounded) <= self._most for m in range(self.services)):
                 starts.append(rounded)
-        found = [self.improve(rows) for rows in starts]
-        return min(found, key=lambda rows: (self.peak(rows), sum(k > 0 for row in rows for k in row)))
+        return min([self.improve(rows) for rows in starts], key=self._worth)
+
+    def _worth(self, rows: Sequence[Row]) -> tuple[float, list[float]]:
+        """What makes a placement better than one from another start: the peak, and what replicas have to gain."""
+        peak = self.peak(rows)
+        return peak[0] + REPLICA_GAIN_PCT * sum(k > 0 for row in rows for k in row), peak
+
+    def _merged(self, rows: list[Row]) -> list[Row]:
+        """Put replicas together as long as that raises the peak by less than a replica has to gain."""
+        peak, better = self.peak(rows)[0], True
+        while better:
+            better = False
+            for m, gpu, other in itertools.product(range(self.services), range(len(rows)), range(len(rows))):
+                if gpu != other and rows[gpu][m] and rows[other][m]:
+                    tried = list(rows)
+                    tried[gpu], tried[other] = _put(rows[gpu], m, 0), _put(rows[other], m, rows[gpu][m] + rows[other][m])
+                    new = self.peak(tried)[0]
+                    if new < peak + REPLICA_GAIN_PCT and (new <= FULL or new <= peak):
+                        rows, peak, better = tried, new, True
+        return rows
 
     def _orders(self) -> list[list[int]]:
         """Services by the least they ask for anywhere, the largest first; then each of the largest in front of the others."""

@@ -12,7 +12,7 @@ from dstack_lab.checks import count, require
 from dstack_lab.cluster.demand import HEAVY, METHODS, demands
 from dstack_lab.cluster.gpus import Cluster
 from dstack_lab.cluster.limits import checked_on, even_split
-from dstack_lab.cluster.packing import Row
+from dstack_lab.cluster.packing import FULL, Row
 from dstack_lab.cluster.search import Search, sped_up
 from dstack_lab.constraints import OBJECTIVES
 from dstack_lab.services import InfeasiblePlan, Plan, Service
@@ -121,7 +121,7 @@ def place(
     keep SLO and rate on its GPU. The search minimises the demand of the busiest GPU, then of the second
     busiest and so on, by a few first placements (services one by one, the largest first, each to the least
     busy GPU; and a linear program's, rounded) and moves, swaps, splits and merges between two GPUs. A rate is split
-    over replicas where a GPU is too small for it, or where that relieves the busier of two GPUs by 1 GPU% or more.
+    over replicas where a GPU is too small for it, or where that relieves the busier of two GPUs by 3 GPU% or more.
     What cannot be scheduled together on a GPU is searched around: first at 1.5 times the rates, so that bursts
     find room, then at less. The same input gives the same placement.
 
@@ -166,13 +166,17 @@ def place(
         more = costs
         if headroom > 1:
             more = np.array([demands(sped_up(found, headroom), kind, method, grains) for kind in kinds])
+            if (more[:, :, 1] >= HEAVY).all(axis=0).any():
+                continue
         search = Search(found, cluster, method, objective, headroom, more, most)
         parts = None if method == "exclusive" else _linear(more[list(which)], [s.rate_rps for s in found])
         rows = search.run(parts)
         if rows is None:
             continue
         plans = {gpu: search.plan(gpu, row) for gpu, row in enumerate(rows) if any(row)}
-        if all(plans.values()):
+        # less load need not be easier: its batches are smaller
+        peak = max(sum(costs[which[gpu], m, k] for m, k in enumerate(row)) for gpu, row in enumerate(rows))
+        if peak <= FULL and all(plans.values()):
             return _placement(found, cluster, rows, costs, plans, method)
     raise InfeasiblePlan(_too_much(found, cluster, search, costs, method))
 
@@ -238,4 +242,4 @@ def _too_much(services: Sequence[Service], cluster: Cluster, search: Search, cos
 
 
 def _pct(demand: float) -> str:
-    return f"{demand:.0f} %" if demand < HEAVY else "more than it can serve"
+    return f"{demand:.0f} %" if demand < HEAVY else "more than one launch at a time serves"
