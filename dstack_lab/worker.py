@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dstack_lab.checks import count, non_negative, require
@@ -26,6 +26,7 @@ from dstack_lab.protocol import OPS, Lines, Message, encode
 from dstack_lab.provenance import versions_here
 
 PR_SET_PDEATHSIG = 1
+GRACE_S = 10.0  #: for the batch that a GPU runs when the parent ends
 ROUGH_EDGES = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
 
 
@@ -37,6 +38,9 @@ class Backend(Protocol):
 
     def set_threads(self, threads: int) -> None:
         """Use this many cores from now on."""
+
+    def cap_memory(self, memory_mib: float) -> None:
+        """Allow this many MiB more than are allocated now."""
 
     def run(self, inputs: Sequence[int]) -> list[list[float]]:
         """Serve one batch and wait for its end; return ``[class, score]`` for each input."""
@@ -86,6 +90,13 @@ class CpuBackend:
             self.team += sorted(threads_of(me) - before)
             spread(me, self.team, cores)
 
+    def cap_memory(self, memory_mib: float) -> None:
+        """Let this process allocate `memory_mib` MiB more than it has now."""
+        with open("/proc/self/statm", encoding="ascii") as source:
+            now = int(source.read().split()[0]) * resource.getpagesize()
+        limit = now + int(memory_mib * 2**20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
     def run(self, inputs: Sequence[int]) -> list[list[float]]:
         """Gather the inputs, run the network, digest its answer."""
         torch = self.torch
@@ -97,7 +108,13 @@ class CpuBackend:
         return [[c, s] for c, s in zip(classes, scores, strict=True)]
 
 
-BACKENDS: dict[str, type[CpuBackend]] = {"cpu": CpuBackend}
+def _cuda_backend(options: argparse.Namespace) -> Backend:
+    from dstack_lab.cuda_backend import CudaBackend
+
+    return CudaBackend(options)
+
+
+BACKENDS: dict[str, Callable[[argparse.Namespace], Backend]] = {"cpu": CpuBackend, "cuda": _cuda_backend}
 
 
 def answer(backend: Backend, message: Message) -> Message:
@@ -146,6 +163,7 @@ def _time(backend: Backend, message: Message) -> Message:
     min_ms = non_negative("min_ms", message.get("min_ms", 0))
     max_ms = non_negative("max_ms", message.get("max_ms", 3.6e6))
     samples_ms: list[float] = []
+    gpu_ms: list[float] = []
     cpu, begin = time.process_time(), time.perf_counter()
     before = begin
     while True:
@@ -153,10 +171,12 @@ def _time(backend: Backend, message: Message) -> Message:
         _serve(backend, range(first, first + batch))
         now = time.perf_counter()
         samples_ms.append((now - before) * 1e3)
+        gpu_ms += _gpu_ms(backend).values()
         before, wall_ms = now, (now - begin) * 1e3
         if wall_ms >= max_ms or (len(samples_ms) >= repeats and wall_ms >= min_ms):
             cpu_ms = (time.process_time() - cpu) * 1e3
-            return {"reply": "time", "samples_ms": samples_ms, "cpu_ms": cpu_ms, "wall_ms": wall_ms}
+            reply = {"reply": "time", "samples_ms": samples_ms, "cpu_ms": cpu_ms, "wall_ms": wall_ms}
+            return {**reply, "gpu_ms": gpu_ms} if gpu_ms else reply
 
 
 def _run(backend: Backend, message: Message) -> Message:
@@ -168,7 +188,13 @@ def _run(backend: Backend, message: Message) -> Message:
     outputs = _serve(backend, inputs)
     service_ms = (time.monotonic() - begin) * 1e3
     cpu_ms = (time.process_time() - cpu) * 1e3
-    return {"reply": "run", "outputs": outputs, "service_ms": service_ms, "cpu_ms": cpu_ms, "start_ms": begin * 1e3}
+    reply = {"reply": "run", "outputs": outputs, "service_ms": service_ms, "cpu_ms": cpu_ms, "start_ms": begin * 1e3}
+    return {**reply, **_gpu_ms(backend)}
+
+
+def _gpu_ms(backend: Backend) -> dict[str, float]:
+    """Time of the last batch on the GPU's own clock, where there is one."""
+    return {"gpu_ms": backend.gpu_ms} if hasattr(backend, "gpu_ms") else {}
 
 
 def _first_tensor(answer: Any) -> Any:
@@ -177,38 +203,31 @@ def _first_tensor(answer: Any) -> Any:
     return answer
 
 
-def end_with_parent(parent: int, by_signal: bool) -> None:
+def end_with_parent(parent: int, by_signal: bool, grace_s: float = 0.0) -> None:
     """Arrange that this process does not outlive `parent`, however that one ends.
 
     The kernel's parent-death signal also reaches a stopped or busy worker, but is bound to the
     parent's *thread*: a worker started from a passing thread would die with that thread. Then a
     thread here waits for the parent's end instead. In both cases the end of the standard input
-    is the second rope.
+    is the second rope. The thread lets `grace_s` seconds pass for that one to do.
     """
     if by_signal:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     else:
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_end_after, args=(parent, grace_s), daemon=True).start()
     if os.getppid() != parent:  # it was gone before the arrangement was made
         os._exit(1)
 
 
-def _end_after(parent: int) -> None:
+def _end_after(parent: int, grace_s: float) -> None:
     with contextlib.suppress(OSError):  # not every sandbox has pidfds
         waiting = select.poll()
         waiting.register(os.pidfd_open(parent), select.POLLIN)
         waiting.poll()
     while os.getppid() == parent:
         time.sleep(1)
+    time.sleep(grace_s)
     os._exit(1)
-
-
-def cap_memory(memory_mib: float) -> None:
-    """Let this process allocate `memory_mib` MiB more than it has now."""
-    with open("/proc/self/statm", encoding="ascii") as source:
-        now = int(source.read().split()[0]) * resource.getpagesize()
-    limit = now + int(memory_mib * 2**20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -232,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     if options.parent:
-        end_with_parent(options.parent, options.parent_signal)
+        # A GPU's worker ends with its input, after its batch: killed in the middle, it may wedge the MPS server.
+        on_gpu = options.device != "cpu"
+        end_with_parent(options.parent, options.parent_signal and not on_gpu, GRACE_S if on_gpu else 0)
     out = os.dup(1)  # whatever a library prints goes to standard error, not among the messages
     os.dup2(2, 1)
     begin, cores = time.perf_counter(), sorted(os.sched_getaffinity(0))
@@ -240,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         facts = backend.load()
         if options.memory_mib:
-            cap_memory(options.memory_mib)
+            backend.cap_memory(options.memory_mib)
         batches = [int(b) for b in options.batches.split(",") if b]
         if batches:
             _warm(backend, {"batches": batches})

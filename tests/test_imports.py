@@ -27,7 +27,7 @@ FLOORS: dict[float, str] = {
     3: "active ledger optimizer policies workloads",
     3.5: "admission compiled turns",
     4: "devices simulator",
-    4.5: "fleet trials",
+    4.5: "cuda_backend fleet trials",
     5: "capacity cluster experiments validation worker",
     6: "profiler runner",
     7: "figures",

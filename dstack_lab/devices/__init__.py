@@ -12,6 +12,8 @@ from dstack_lab.devices.cpu import Cpu
 _HOME = {
     "Green": "green",
     "GreenError": "green_driver",
+    "Mps": "mps",
+    "MpsError": "mps_daemon",
     "SmLedger": "green_ledger",
     "verify_disjoint": "green_smid",
 }

@@ -1,0 +1,251 @@
+"""A worker's network on a GPU: ``python -m dstack_lab.worker --device cuda``.
+
+What the GPU is shared by (the environment of NVIDIA MPS, say) is settled by the parent before this
+process begins. torch is imported by `CudaBackend.load` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dstack_lab.checks import require
+from dstack_lab.devices import nvml
+from dstack_lab.protocol import Message
+
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+#: ``CU_DEVICE_ATTRIBUTE_MPS_ENABLED``: whether this process computes under MPS.
+MPS_ENABLED = 133
+
+#: Runs before a capture: libraries choose their kernels and workspaces in the first ones.
+WARM_UPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """How a network is put on the GPU.
+
+    Parameters
+    ----------
+    precision : {"fp16", "bf16", "fp32"}
+        Of weights and of inputs that are not whole numbers.
+    channels_last : bool
+        Memory format of images and convolutions.
+    graphs : bool
+        One CUDA graph for each batch; eager otherwise.
+    """
+
+    precision: str = "fp16"
+    channels_last: bool = True
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> CudaOptions:
+        """Read what the device wrote into a worker's environment; the defaults otherwise.
+
+        Raises
+        ------
+        ValueError
+            If a value is unknown.
+        """
+        switches = {}
+        for field in ("channels_last", "graphs"):
+            name = f"DSTACK_LAB_{field.upper()}"
+            require(environ.get(name, "1") in ("0", "1"), name, environ.get(name), "0 or 1")
+            switches[field] = environ.get(name, "1") == "1"
+        return cls(environ.get("DSTACK_LAB_PRECISION", "fp16"), **switches)
+
+
+class CudaBackend:
+    """torch on the part of a GPU that this process was given.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        Of the worker's command line.
+    cuda : CudaOptions, optional
+        From the environment by default.
+    """
+
+    def __init__(self, options: argparse.Namespace, cuda: CudaOptions | None = None) -> None:
+        self.options, self.cuda = options, cuda or CudaOptions.from_env()
+        self.slots: dict[int, _Slot] = {}
+        self.gpu_ms = float("nan")
+
+    def load(self) -> Message:
+        """Open the GPU, build the network and put it there.
+
+        Raises
+        ------
+        ValueError
+            If the network is unknown.
+        RuntimeError
+            If torch has no CUDA, or the GPU cannot be opened; the sentence names the cure.
+        """
+        import torch
+
+        from dstack_lab import zoo
+
+        self.torch: Any = torch
+        open_gpu(torch)
+        self.set_threads(self.options.threads)
+        self.place, self.stream = torch.device("cuda", 0), self.torch.cuda.Stream(0)
+        self.dtype = getattr(torch, PRECISIONS[self.cuda.precision])
+        network = zoo.load(self.options.model, weights=self.options.weights, device="cpu", seed=self.options.seed)
+        form: dict[str, Any] = {"memory_format": torch.channels_last} if self.cuda.channels_last else {}
+        self.module = network.module.to(device=self.place, dtype=self.dtype, **form)
+        self.pool = tuple(self._as_input(tensor) for tensor in network.example(self.options.pool))
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda.graphs else None
+        torch.cuda.synchronize()  # loaded on another stream
+        return facts(torch) | {
+            "precision": self.cuda.precision,
+            "channels_last": self.cuda.channels_last,
+            "graphs": self.cuda.graphs,
+            "team": [os.getpid()],
+        }
+
+    def set_threads(self, threads: int) -> None:
+        """Use this many cores of the host; the GPU's share does not depend on them."""
+        self.torch.set_num_threads(threads)
+
+    def cap_memory(self, memory_mib: float) -> None:
+        """Let this process allocate `memory_mib` MiB of the GPU's memory more than it has now."""
+        cuda = self.torch.cuda
+        total = cuda.get_device_properties(0).total_memory
+        cuda.set_per_process_memory_fraction(min(1.0, (cuda.memory_reserved(0) + memory_mib * 2**20) / total), 0)
+
+    def run(self, inputs: Sequence[int]) -> list[list[float]]:
+        """Gather the inputs in pinned memory, run the network, read its answer.
+
+        A batch seen for the first time is warmed up and captured first, which takes seconds.
+        `gpu_ms` is then the time on the GPU, from the copy of the inputs to that of the answer.
+        """
+        torch = self.torch
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            slot = self.slots.get(len(inputs))
+            if slot is None:
+                slot = self.slots[len(inputs)] = _Slot(self, len(inputs))
+            rows = torch.tensor(inputs) % self.options.pool
+            for source, target in zip(self.pool, slot.host, strict=True):
+                torch.index_select(source, 0, rows, out=target)
+            slot.begin.record(self.stream)
+            slot.compute()
+            slot.end.record(self.stream)
+            self.stream.synchronize()  # of this stream only
+            self.gpu_ms = slot.begin.elapsed_time(slot.end)
+            return [[c, s] for c, s in zip(slot.classes.tolist(), slot.scores.tolist(), strict=True)]
+
+    def digest(self, *inputs: Any) -> tuple[Any, Any]:
+        """Run the network; return the position of the largest output of each input, and the mean of all."""
+        answer = self.module(*inputs)
+        while not hasattr(answer, "argmax"):
+            answer = next(iter(answer.values() if isinstance(answer, dict) else answer))
+        flat = answer.reshape(len(inputs[0]), -1)
+        return flat.argmax(1), flat.float().mean(1)
+
+    def _as_input(self, tensor: Any) -> Any:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def like(self, tensor: Any, batch: int, **where: Any) -> Any:
+        """Room for `batch` rows of `tensor`: pinned on the host, or on the GPU in the format asked for."""
+        torch, shape = self.torch, (batch, *tensor.shape[1:])
+        if "device" in where and self.cuda.channels_last and tensor.dim() == 4:
+            where["memory_format"] = torch.channels_last
+        return torch.empty(shape, dtype=tensor.dtype, **where)
+
+
+class _Slot:
+    """Buffers, events and graph of one batch. Batches take turns, so their graphs share memory."""
+
+    def __init__(self, backend: CudaBackend, batch: int) -> None:
+        torch = backend.torch
+        self.backend, self.graph = backend, None
+        self.host = [backend.like(tensor, batch, pin_memory=True) for tensor in backend.pool]
+        self.inputs = [backend.like(tensor, batch, device=backend.place) for tensor in backend.pool]
+        for source, host, target in zip(backend.pool, self.host, self.inputs, strict=True):
+            host.copy_(source[:batch])  # real inputs: token numbers out of range would fault the GPU
+            target.copy_(host)
+        self.classes = torch.empty(batch, dtype=torch.int64, pin_memory=True)
+        self.scores = torch.empty(batch, dtype=torch.float32, pin_memory=True)
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if not backend.cuda.graphs:
+            return
+        for _ in range(WARM_UPS):  # on the stream that captures
+            backend.digest(*self.inputs)
+        backend.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            capture = {"stream": backend.stream, "pool": backend.graph_pool, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **capture):
+                self.answer = backend.digest(*self.inputs)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise
+            raise RuntimeError(
+                f"the network cannot be captured in a CUDA graph: pass graphs=False to run eagerly ({error})"
+            ) from error
+        self.graph = graph
+
+    def compute(self) -> None:
+        """Queue copy, network and copy on the current stream."""
+        for source, target in zip(self.host, self.inputs, strict=True):
+            target.copy_(source, non_blocking=True)
+        if self.graph is None:
+            self.answer = self.backend.digest(*self.inputs)
+        else:
+            self.graph.replay()
+        self.classes.copy_(self.answer[0], non_blocking=True)
+        self.scores.copy_(self.answer[1], non_blocking=True)
+
+
+def open_gpu(torch: Any) -> None:
+    """Start CUDA.
+
+    Raises
+    ------
+    RuntimeError
+        With the cure.
+    """
+    if torch.version.cuda is None:
+        cure = "install a CUDA build, see https://pytorch.org/get-started/locally"
+        raise RuntimeError(f"torch {torch.__version__} was built without CUDA: {cure}")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeError(f"CUDA does not start: {error}") from error
+    if torch.cuda.device_count() == 0:
+        raise RuntimeError("CUDA shows no GPU: unset CUDA_VISIBLE_DEVICES, or start the container with --gpus all")
+
+
+def under_mps(libcuda: str = "libcuda.so.1") -> bool:
+    """Whether this process, whose CUDA has started, computes under MPS."""
+    value = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(libcuda).cuDeviceGetAttribute(ctypes.byref(value), MPS_ENABLED, 0)
+    except (OSError, AttributeError):
+        return False
+    return not failed and value.value == 1
+
+
+def facts(torch: Any) -> Message:
+    """What a ``ready`` message says about the GPU: under MPS the number of SMs is that of the share."""
+    seen = torch.cuda.get_device_properties(0)
+    uuid = str(getattr(seen, "uuid", ""))
+    found: Message = {"device": seen.name, "granted_sms": seen.multi_processor_count, "mps": under_mps()}
+    found |= {"memory_mib": seen.total_memory / 2**20, "cuda": torch.version.cuda}
+    try:
+        found["driver"] = nvml.versions()[0]
+        gpu = next((gpu for gpu in nvml.gpus({}) if uuid and uuid in gpu.uuid), None)
+    except nvml.NoDriver:
+        gpu = None
+    if gpu is not None:
+        found |= {"all_sms": gpu.sms, "clock_mhz": gpu.clock_mhz, "power_w": gpu.power_w, "throttled": list(gpu.throttled)}
+    return found

@@ -1,0 +1,251 @@
+"""NVIDIA's Multi-Process Service as a device: a share caps the SMs that a worker's process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from dstack_lab.checks import count, percent, require
+from dstack_lab.devices import nvml
+from dstack_lab.devices.mps_daemon import FOREIGN, MpsDaemon, MpsError, foreign_daemon
+from dstack_lab.devices.mps_worker import MpsWorker, SmLeases, clients
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+#: A share this close to a grantable one is that one.
+ROUNDING_PCT = 0.05
+
+_LOCK = threading.Lock()
+_DAEMONS: dict[tuple[int, str | None], MpsDaemon] = {}  # by GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Mps:
+    """One GPU, shared by processes under a private daemon of NVIDIA's Multi-Process Service.
+
+    A share caps how many SMs a worker may use. It reserves none: that shares held at the same time
+    fit together is this package's own bookkeeping. Memory bandwidth, L2 and power stay shared.
+
+    Parameters
+    ----------
+    device : int
+        Which GPU, as ``nvidia-smi`` counts, or among those of ``CUDA_VISIBLE_DEVICES``.
+    precision : {"fp16", "bf16", "fp32"}
+        Of weights and images.
+    channels_last : bool
+        Memory format of images and convolutions.
+    graphs : bool
+        One CUDA graph for each batch; eager otherwise.
+    step_sms : int
+        SMs are granted in multiples of this.
+    rounds_up : bool
+        Whether the driver rounds a share between two steps up; those since CUDA 12 round down.
+    sms : int, optional
+        SMs of the GPU; by default those that the driver tells.
+    tolerance_sms : int
+        A worker that was granted more or fewer SMs than its share is refused beyond this.
+    oversubscribe : bool
+        Let shares held at the same time sum to more than 100, as `policies.Uncontrolled` does.
+
+    Notes
+    -----
+    The daemon starts with the first worker. It quits at `stop`, when a ``with`` block is left, and
+    at the latest with Python, even if that is killed. The compute mode is never changed.
+    """
+
+    device: int = 0
+    precision: str = "fp16"
+    channels_last: bool = True
+    graphs: bool = True
+    step_sms: int = 2
+    rounds_up: bool = False
+    sms: int | None = None
+    tolerance_sms: int = 0
+    oversubscribe: bool = False
+
+    name: ClassVar[str] = "mps"
+    mechanism: ClassVar[str] = "MPS"
+
+    def __post_init__(self) -> None:
+        count("device", self.device, least=0)
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        count("step_sms", self.step_sms)
+        count("tolerance_sms", self.tolerance_sms, least=0)
+        if self.sms is not None:
+            count("sms", self.sms)
+        for field in ("channels_last", "graphs", "rounds_up", "oversubscribe"):
+            require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
+
+    def all_sms(self) -> int:
+        """SMs of the whole GPU.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no GPU, or the driver does not tell.
+        """
+        found = self.sms or nvml.gpu(self.device).sms
+        if found is None:
+            raise MpsError("the driver does not tell this GPU's number of SMs: pass it, as in Mps(sms=132)")
+        return found
+
+    def shares(self) -> tuple[float, ...]:
+        """GPU% that can be granted, in rising order: one more hardware step each, two decimals."""
+        return tuple(self._steps())
+
+    def _steps(self) -> dict[float, int]:
+        """SMs of each share."""
+        sms = self.all_sms()
+        inward = math.floor if self.rounds_up else math.ceil  # a rounded share must still grant as many SMs
+        steps = {min(100.0, inward(10_000 * n / sms) / 100): n for n in range(self.step_sms, sms + 1, self.step_sms)}
+        steps = {share: n for share, n in steps.items() if share >= 1}
+        return {**steps, 100.0: sms}
+
+    def sms_for(self, gpu_pct: float) -> int:
+        """Return the number of SMs that `gpu_pct` is.
+
+        Raises
+        ------
+        ValueError
+            If it is not a whole number of steps; the message names the nearest shares that are.
+        """
+        gpu_pct, steps = percent("gpu_pct", gpu_pct), self._steps()
+        nearest = min(steps, key=lambda share: abs(share - gpu_pct))
+        if abs(nearest - gpu_pct) <= ROUNDING_PCT:
+            return steps[nearest]
+        around = [s for s in steps if s < gpu_pct][-1:] + [s for s in steps if s > gpu_pct][:1]
+        text = " or ".join(f"{s:g}" for s in around)
+        require(False, "gpu_pct", gpu_pct, f"a share of whole steps of {self.step_sms} SMs: nearest {text}")
+        raise AssertionError
+
+    def start(
+        self,
+        model: str,
+        gpu_pct: float,
+        cores: Sequence[int] | None = None,
+        *,
+        batches: Sequence[int] = (),
+        weights: str | None = None,
+        seed: int = 0,
+        memory_mib: float | None = None,
+    ) -> MpsWorker:
+        """Start a worker capped at `gpu_pct` and return at once; `MpsWorker.wait_ready` waits for it.
+
+        Parameters
+        ----------
+        model : str
+            A name of `dstack_lab.zoo`, or one's own network.
+        gpu_pct : float
+            Cap [%] of the GPU's SMs.
+        cores : sequence of int, optional
+            Cores of the host that it may run on.
+        batches : sequence of int
+            Batches to warm up and capture before it says ready.
+        weights : str, optional
+            ``"DEFAULT"`` for trained weights.
+        seed : int
+            Of weights and inputs.
+        memory_mib : float, optional
+            MiB of GPU memory that serving may allocate beyond the loaded network.
+
+        Raises
+        ------
+        ValueError
+            If the share cannot be granted.
+        RuntimeError
+            If this machine cannot run MPS, or the GPU takes no further client.
+        """
+        sms = self.sms_for(gpu_pct)
+        steps = self._steps()
+        exact = next(share for share, n in steps.items() if n == sms)
+        daemon = self._daemon()
+        env = daemon.client_env(exact) | {"DSTACK_LAB_PRECISION": self.precision}
+        env |= {"DSTACK_LAB_CHANNELS_LAST": f"{self.channels_last:d}", "DSTACK_LAB_GRAPHS": f"{self.graphs:d}"}
+        more: dict[str, Any] = {"batches": batches, "weights": weights, "seed": seed, "memory_mib": memory_mib}
+        return MpsWorker(daemon, sms, self.tolerance_sms, model, gpu_pct, cores=cores, env=env, **more)
+
+    def _daemon(self) -> MpsDaemon:
+        """The running daemon of this GPU, or a fresh one."""
+        with _LOCK:
+            gpu = nvml.gpu(self.device)
+            daemon = _DAEMONS.get(self._key())
+            if daemon is not None and not daemon.alive:
+                if clients(daemon):
+                    raise MpsError("the MPS daemon died under its workers: close them all, then start again")
+                daemon.quit()
+                daemon = None
+            if daemon is None:
+                refuse_unusable(gpu)
+                alone = len(nvml.gpus()) == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
+                daemon = _DAEMONS[self._key()] = MpsDaemon(None if alone else gpu.uuid)
+            if len(clients(daemon)) >= daemon.most_clients:
+                raise MpsError(
+                    f"{daemon.most_clients} workers run under MPS already, the most that one GPU takes: "
+                    "close some, or plan fewer shares"
+                )
+            return daemon
+
+    def _key(self) -> tuple[int, str | None]:
+        return self.device, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def stop(self) -> None:
+        """Quit the daemon and wait for its end. Without one, or twice, is fine."""
+        with _LOCK:
+            daemon = _DAEMONS.pop(self._key(), None)
+            if daemon is not None:
+                for worker in clients(daemon):
+                    worker.close()
+                daemon.quit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def leases(self) -> SmLeases:
+        """Which workers hold how many SMs, for one run."""
+        return SmLeases(None if self.oversubscribe else self.all_sms())
+
+    def describe(self) -> str:
+        """Name of the GPU and number of SMs: ``"NVIDIA H200, 132 SMs"``."""
+        return f"{nvml.gpu(self.device).name}, {self.all_sms()} SMs"
+
+    def marks(self) -> tuple[str, ...]:
+        """Reservations about numbers recorded here and now, each as ``"kind: sentence"``."""
+        gpu, found = nvml.gpu(self.device), []
+        daemon = _DAEMONS.get(self._key())
+        known = set() if daemon is None else {daemon.server, *(worker.pid for worker in clients(daemon))}
+        others = set(gpu.processes or ()) - known
+        if others and (daemon is None or known & set(gpu.processes or ())):  # else its numbers are of another namespace
+            found.append(f"other processes: {len(others)} more on the GPU take turns with the workers")
+        if gpu.throttled:
+            found.append(f"throttled: {', '.join(gpu.throttled)} holds the clock at {gpu.clock_mhz or 0:g} MHz")
+        if foreign_daemon(FOREIGN):
+            found.append(f"foreign MPS daemon: another one listens in {FOREIGN}; workers here use their own")
+        if self.oversubscribe:
+            found.append("oversubscribed shares: caps held at the same time may sum to more than 100 %")
+        return tuple(found)
+
+
+def refuse_unusable(gpu: nvml.GpuFacts) -> None:
+    """Say why MPS cannot share this GPU, if so.
+
+    Raises
+    ------
+    MpsError
+        With the cure.
+    """
+    if gpu.mig:
+        raise MpsError(f"MIG is on for GPU {gpu.index}: its SMs are cut up already. As root: nvidia-smi -i {gpu.index} -mig 0")
+    cure = f"As root: nvidia-smi -i {gpu.index} -c DEFAULT"
+    if gpu.compute_mode in ("prohibited", "exclusive thread"):
+        raise MpsError(f"compute mode of GPU {gpu.index} is {gpu.compute_mode}: MPS cannot serve it. {cure}")
+    if gpu.compute_mode == "exclusive process" and gpu.processes:
+        text = f"compute mode of GPU {gpu.index} is exclusive process and process {gpu.processes[0]} has it"
+        raise MpsError(f"{text}: end that one (another MPS server?), or as root: nvidia-smi -i {gpu.index} -c DEFAULT")

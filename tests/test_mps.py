@@ -1,0 +1,412 @@
+"""NVIDIA MPS without a GPU: a fake control program, a stub NVML, and workers that only tell what they were given."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dstack_lab.devices import Device, mps_daemon, mps_keeper, nvml
+from dstack_lab.devices.base import WorkerFailed
+from dstack_lab.devices.cuda_errors import cure_of, with_cure
+from dstack_lab.devices.mps import Mps
+from dstack_lab.devices.mps_daemon import MpsDaemon, MpsError
+from dstack_lab.devices.mps_worker import SmLeases
+
+FAKES = Path(__file__).parent / "fakes"
+H200 = Mps(sms=132)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with the fake programs; its environment can be changed by calling it. Nothing may be left behind."""
+    monkeypatch.setenv("PATH", f"{FAKES}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_MPS_LOG", str(tmp_path / "asked"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.syspath_prepend(str(FAKES))
+    roots = []
+    make = mps_daemon.tempfile.mkdtemp
+    monkeypatch.setattr(mps_daemon.tempfile, "mkdtemp", lambda **where: roots.append(make(**where)) or roots[-1])
+
+    def change(**env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value if isinstance(value, str) else json.dumps(value))
+
+    change.asked = lambda: (tmp_path / "asked").read_text().split("\n")[:-1]
+    change.roots = roots
+    yield change
+    Mps().stop()
+    assert nothing_left(roots)
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+
+def nothing_left(roots, within_s=5.0):
+    """Whether neither a folder nor a process that was told one is there."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        lines = [p.read_bytes().decode(errors="replace") for p in processes()]
+        if not [r for r in roots if Path(r).exists() or any(r in line for line in lines)]:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def processes():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            path.read_bytes()
+        except OSError:
+            continue
+        yield path
+
+
+# The daemon
+
+
+def test_a_daemon_starts_serves_and_leaves_nothing(machine):
+    daemon = MpsDaemon()
+    assert daemon.alive
+    assert mps_keeper.lives(daemon.server)
+    assert len(f"{daemon.root}/p/control") < 100  # of a socket's path
+    assert daemon.terminate_client(1234)
+    server, pid = daemon.server, daemon.pid
+    daemon.quit()
+    daemon.quit()
+    assert not daemon.alive
+    assert not mps_keeper.lives(pid)
+    assert not mps_keeper.lives(server)
+    assert nothing_left(machine.roots, 0.5)
+    asked = machine.asked()
+    assert asked[:2] == ["-d ", f"start_server -uid {os.getuid()}"]
+    assert asked[-2:] == [f"terminate_client {server} 1234", "quit -t 10"]
+
+
+@pytest.mark.parametrize(
+    ("mood", "words"),
+    [
+        ("status244", r"cannot load libcuda\.so\.1 \(exit status 244\): install the NVIDIA driver"),
+        ("status1", r"-d ended with status 1: its log says: An instance of this daemon is already running"),
+        ("inactive", r"not ACTIVE after 0\.3 s \(INITIALIZING\): its log says: server still starting"),
+        ("fault", "in FAULT: end every program on this GPU"),
+        ("refuses", "refused 'start_server -uid .*': Permission denied"),
+    ],
+)
+def test_a_daemon_that_does_not_serve_is_explained_and_removed(machine, mood, words):
+    machine(FAKE_MPS=mood)
+    with pytest.raises(MpsError, match=words):
+        MpsDaemon(timeout_s=0.3)
+    assert nothing_left(machine.roots, 0.5)
+
+
+def test_a_daemon_that_will_not_quit_is_ended(machine, monkeypatch):
+    machine(FAKE_MPS="stubborn")
+    daemon = MpsDaemon()
+    pids = daemon.pid, daemon.server
+    daemon.quit()
+    assert not any(map(mps_keeper.lives, pids))
+
+
+def test_a_forgotten_daemon_quits(machine):
+    pid = MpsDaemon().pid
+    gc.collect()
+    assert not mps_keeper.lives(pid)
+
+
+OWNER = """import os, time; from dstack_lab.devices.mps_daemon import MpsDaemon
+d = MpsDaemon(); print(d.root, flush=True); {}"""
+
+
+@pytest.mark.parametrize(
+    "end", ["pass", "raise SystemExit(3)", "1 / 0", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)", "os._exit(1)"]
+)
+def test_a_daemon_ends_with_its_owner_however_that_ends(machine, end):
+    command = [sys.executable, "-c", OWNER.format(end)]
+    root = subprocess.run(command, capture_output=True, text=True, cwd=FAKES.parents[1], check=False).stdout.strip()
+    assert root.startswith("/tmp/mps")
+    assert nothing_left([root])
+
+
+def test_ctrl_c_ends_the_daemon_in_order(machine):
+    command = [sys.executable, "-c", OWNER.format("time.sleep(60)")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=FAKES.parents[1], start_new_session=True
+    ) as owner:
+        root = owner.stdout.readline().strip()
+        os.killpg(owner.pid, signal.SIGINT)  # as a terminal does
+    assert nothing_left([root])
+    assert machine.asked()[-1] == "quit -t 10"
+
+
+def test_missing_programs_are_named_with_the_cure(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(mps_daemon, "PLACES", (str(tmp_path),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MpsError, match=r"nvidia-cuda-mps-control is neither on PATH.*'compute' driver capability"):
+        MpsDaemon()
+    (tmp_path / "nvidia-cuda-mps-control").symlink_to(FAKES / "nvidia-cuda-mps-control")
+    with pytest.raises(MpsError, match=r"nvidia-cuda-mps-server is missing beside .*: install both"):
+        MpsDaemon()
+
+
+def test_programs_off_the_path_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(mps_daemon, "PLACES", ("/nowhere", str(FAKES)))
+    assert mps_daemon.find_program(mps_daemon.CONTROL, {"PATH": str(tmp_path)}) == str(FAKES / mps_daemon.CONTROL)
+
+
+def test_the_environment_of_another_daemon_is_not_inherited(machine):
+    machine(CUDA_MPS_PIPE_DIRECTORY="/somebody", CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="10", CUDA_MPS_LOG_DIRECTORY="/else")
+    daemon = MpsDaemon("GPU-aaaa")
+    assert daemon.env["CUDA_MPS_PIPE_DIRECTORY"] == f"{daemon.root}/p"
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in daemon.env
+    assert machine.asked()[0] == "-d GPU-aaaa"
+    assert daemon.client_env(30.31) == {
+        "CUDA_MPS_PIPE_DIRECTORY": f"{daemon.root}/p",
+        "CUDA_MPS_LOG_DIRECTORY": f"{daemon.root}/l",
+        "CUDA_VISIBLE_DEVICES": "GPU-aaaa",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "30.31",
+    }
+    daemon.quit()
+
+
+def test_a_foreign_daemon_is_seen(tmp_path):
+    assert not mps_daemon.foreign_daemon(tmp_path)
+    (tmp_path / "control").touch()
+    assert mps_daemon.foreign_daemon(tmp_path)  # no number to read: assume it lives
+    (tmp_path / "nvidia-cuda-mps-control.pid").write_text(f"{os.getpid()}\n")
+    assert mps_daemon.foreign_daemon(tmp_path)
+    (tmp_path / "nvidia-cuda-mps-control.pid").write_text("999999999\n")
+    assert not mps_daemon.foreign_daemon(tmp_path)
+
+
+# Shares
+
+
+def test_shares_are_whole_steps_that_grant_as_many_sms():
+    shares = H200.shares()
+    assert (shares[0], shares[1], shares[-1], len(shares)) == (1.52, 3.04, 100, 66)
+    assert [int(share * 132 / 100) // 2 * 2 for share in shares] == [H200.sms_for(share) for share in shares]
+    assert Mps(sms=80, rounds_up=True).shares()[:2] == (2.5, 5)
+    assert Mps(sms=132, step_sms=8).shares()[-2:] == (96.97, 100)  # the whole is a share even if no whole step
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1.1, r"gpu_pct = 1\.1: .* nearest 1\.52"), (50.6, "nearest 50 or 51.52"), (0.5, "from 1 to 100"), (101, "from 1 to 100")],
+)
+def test_a_share_between_two_steps_names_its_neighbours(share, words):
+    with pytest.raises(ValueError, match=words):
+        H200.sms_for(share)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"device": -1}, {"precision": "int8"}, {"step_sms": 0}, {"sms": 0}, {"tolerance_sms": -1}, {"graphs": 1}],
+)
+def test_a_wrong_field_is_named(wrong):
+    (field,) = wrong
+    with pytest.raises(ValueError, match=f"{field} = "):
+        Mps(**wrong)
+
+
+def test_constructing_touches_nothing_and_it_is_a_device(machine):
+    machine(FAKE_DRIVER="absent")
+    assert isinstance(Mps(device=3), Device)
+    assert machine.roots == []
+
+
+class Holder:
+    def __init__(self, pid, sms):
+        self.pid, self.sms = pid, sms
+
+
+def test_leases_never_sum_to_more_than_the_gpu():
+    leases, big, small, tiny = SmLeases(132), Holder(1, 100), Holder(2, 32), Holder(3, 2)
+    leases.take(big)
+    leases.take(small)
+    with pytest.raises(RuntimeError, match="needs 2 SMs, 0 are free"):
+        leases.take(tiny)
+    with pytest.raises(RuntimeError, match="holds SMs already"):
+        leases.take(big)
+    leases.give(small)
+    leases.give(small)
+    leases.take(tiny)
+    free = SmLeases(None)
+    free.take(big)
+    free.take(Holder(4, 132))
+
+
+# Workers
+
+
+def test_a_worker_gets_its_cap_before_its_cuda_starts(machine):
+    with Mps(precision="bf16", graphs=False) as device:
+        assert (device.describe(), device.marks()) == ("NVIDIA H200, 132 SMs", ())
+        with device.start("any", 50, batches=(2,), memory_mib=100) as one, device.start("any", 25.76) as two:
+            ready = one.wait_ready(30)
+            env = ready["facts"]["env"]
+            assert (env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"], env["DSTACK_LAB_PRECISION"]) == ("50", "bf16")
+            assert (env["DSTACK_LAB_GRAPHS"], env["DSTACK_LAB_CHANNELS_LAST"]) == ("0", "1")
+            assert "CUDA_VISIBLE_DEVICES" not in env
+            assert ready["facts"]["granted_sms"] == one.sms == 66
+            assert two.wait_ready(30)["facts"]["granted_sms"] == two.sms == 34
+            reply = one.ask({"op": "run", "inputs": [7]}, 5)
+            assert (reply["outputs"], reply["gpu_ms"]) == ([[7, 0.0]], 0.5)
+            assert len(one.ask({"op": "time", "batch": 1, "repeats": 3}, 5)["gpu_ms"]) == 3
+            assert sum(line.startswith("-d") for line in machine.asked()) == 1  # one daemon for both
+        assert not any(line.startswith("terminate_client") for line in machine.asked())  # they ended in order
+
+
+def test_a_client_is_let_go_before_it_is_killed(machine):
+    with Mps() as device, device.start("any", 100) as worker:
+        worker.wait_ready(30)
+        pid = worker.pid
+        worker.kill()
+        assert f"terminate_client {worker.daemon.server} {pid}" in machine.asked()
+        assert not mps_keeper.lives(pid)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"FAKE_OUTSIDE": "1"}, "outside MPS, without a cap"),
+        ({"FAKE_EXTRA_SMS": "2"}, r"share 50 % is 66 SMs, but 68 were granted: .*tolerance_sms=2"),
+        ({"FAKE_EXTRA_SMS": "-66"}, "granted 0 SMs"),
+        ({"FAKE_CUDA_ERROR": "CUDA error: MPS server is not ready to accept new clients"}, r"\(807\).*Close them all"),
+    ],
+)
+def test_a_worker_without_its_cap_is_refused(machine, env, words):
+    machine(**env)
+    with Mps() as device, device.start("any", 50) as worker, pytest.raises(WorkerFailed, match=words):
+        worker.wait_ready(30)
+
+
+def test_a_tolerated_difference_is_let_pass(machine):
+    machine(FAKE_EXTRA_SMS="2")
+    with Mps(tolerance_sms=2) as device, device.start("any", 50) as worker:
+        assert worker.wait_ready(30)["facts"]["granted_sms"] == 68
+
+
+@pytest.mark.parametrize(("mood", "most"), [("ok", 48), ("new", 60)])
+def test_the_gpu_takes_only_so_many_workers(machine, mood, most):
+    machine(FAKE_MPS=mood)
+    device = Mps()
+    assert device._daemon().most_clients == most
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dstack_lab.devices.mps.clients", lambda daemon: [None] * most)
+        with pytest.raises(MpsError, match=f"{most} workers run under MPS already"):
+            device.start("any", 50)
+
+
+def test_a_dead_daemon_is_replaced_only_without_workers(machine):
+    device = Mps()
+    with device.start("any", 50) as worker:
+        worker.wait_ready(30)
+        os.kill(worker.daemon.pid, signal.SIGKILL)
+        while worker.daemon.alive:
+            time.sleep(0.01)
+        with pytest.raises(MpsError, match="daemon died under its workers: close them all"):
+            device.start("any", 50)
+    with device.start("any", 50) as fresh:
+        assert fresh.wait_ready(30)["facts"]["mps"]
+        assert fresh.daemon is not worker.daemon
+        assert not mps_keeper.lives(worker.daemon.server)
+    device.stop()
+    device.stop()
+
+
+def test_stop_ends_workers_too(machine):
+    device = Mps()
+    worker = device.start("any", 50)
+    device.stop()
+    assert not worker.alive
+
+
+# Machines that cannot
+
+
+@pytest.mark.parametrize(
+    ("env", "error", "words"),
+    [
+        ({"FAKE_DRIVER": "absent"}, nvml.NoDriver, "no NVIDIA driver .*--gpus all"),
+        ({"FAKE_DRIVER": "unloaded"}, nvml.NoDriver, "driver is not loaded"),
+        ({"FAKE_DRIVER": "forbidden"}, nvml.NoDriver, "no permission .* run as root"),
+        ({"FAKE_DRIVER": "odd"}, nvml.NoDriver, "does not answer"),
+        ({"FAKE_GPUS": []}, nvml.NoDriver, "shows no GPU: start the container"),
+        ({"FAKE_GPUS": [{"forbidden": 1}]}, nvml.NoDriver, "no permission for GPU 0"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, nvml.NoDriver, "shows no GPU: unset CUDA_VISIBLE_DEVICES"),
+        ({"FAKE_GPUS": [{"MigMode": [1, 1]}]}, MpsError, r"MIG is on for GPU 0.* As root: nvidia-smi -i 0 -mig 0"),
+        ({"FAKE_GPUS": [{"ComputeMode": 2}]}, MpsError, r"compute mode of GPU 0 is prohibited.*-c DEFAULT"),
+        ({"FAKE_GPUS": [{"ComputeMode": 3, "pids": [77]}]}, MpsError, "exclusive process and process 77 has it"),
+        ({"FAKE_GPUS": [{"NumGpuCores": None}]}, MpsError, r"does not tell this GPU's number of SMs: .*Mps\(sms=132\)"),
+        ({"FAKE_MPS": "status244"}, MpsError, "libcuda"),
+    ],
+)
+def test_what_this_machine_lacks_is_said_with_the_cure(machine, env, error, words):
+    machine(**env)
+    with pytest.raises(error, match=words):
+        Mps().start("any", 100)
+
+
+def test_exclusive_process_alone_is_no_obstacle(machine):
+    machine(FAKE_GPUS=[{"ComputeMode": 3}])
+    with Mps() as device:
+        assert device._daemon().alive
+
+
+def test_one_of_two_gpus_is_served(machine):
+    machine(FAKE_GPUS=[{}, {"UUID": "GPU-bbbb", "NumGpuCores": 4608, "Name": "small"}])
+    with pytest.raises(ValueError, match=r"device = 2: must be from 0 to 1: this process sees 2 GPU\(s\)"):
+        Mps(2).shares()
+    assert Mps(1).describe() == "small, 36 SMs"
+    with Mps(1) as device:
+        assert device._daemon().client_env(50)["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb"
+    assert machine.asked()[0] == "-d GPU-bbbb"
+
+
+def test_visible_devices_choose_and_order():
+    uuids = ["GPU-aa", "GPU-ab", "GPU-b"]
+    assert nvml.visible(uuids, None) == [0, 1, 2]
+    assert nvml.visible(uuids, "2, 0") == [2, 0]
+    assert nvml.visible(uuids, "GPU-b,GPU-aa") == [2, 0]
+    assert nvml.visible(uuids, "1,7,0") == [1]  # as CUDA does: what follows a wrong one is gone
+    assert nvml.visible(uuids, "GPU-a") == []  # ambiguous
+    assert nvml.visible(uuids, "") == []
+
+
+def test_reservations_are_told(machine, monkeypatch, tmp_path):
+    machine(FAKE_GPUS=[{"pids": [5, 6], "CurrentClocksEventReasons": 0x24, "ClockInfo": 1200}])
+    (tmp_path / "control").touch()
+    monkeypatch.setattr("dstack_lab.devices.mps.FOREIGN", tmp_path)
+    kinds = [mark.split(":")[0] for mark in Mps(oversubscribe=True).marks()]
+    assert kinds == ["other processes", "throttled", "foreign MPS daemon", "oversubscribed shares"]
+    assert "power cap, heat holds the clock at 1200 MHz" in Mps().marks()[1]
+
+
+# Errors of CUDA
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("CUDA error: MPS client failed to connect to the MPS control daemon or the MPS server", 805),
+        ("Search for `cudaErrorMpsRpcFailure' in", 806),
+        ("CUDA_ERROR_MPS_SERVER_NOT_READY", 807),
+        ("CUDA error: the hardware resources required to create MPS client have been exhausted", 808),
+        ("the hardware resources required to support device connections have been exhausted", 809),
+        ("CUDA error 810", 810),
+    ],
+)
+def test_errors_of_mps_have_cures(text, number):
+    assert f"({number})" in cure_of(text)
+    assert with_cure(text).endswith(f"It said: {text}")
+
+
+def test_other_errors_are_left_alone():
+    assert cure_of("something else 8070") is None
+    assert with_cure("as it was") == "as it was"
+    assert "busy" in with_cure("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
