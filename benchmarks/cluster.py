@@ -6,7 +6,8 @@
    bound of the requests that came, at rising loads (1 = the bound).
 
 Workload C-7 with rates inverse to area on a V100, so that each service asks for the same GPU time there; Poisson
-arrivals; round robin among replicas; simulated profiles. Takes about a minute on two cores.
+arrivals; round robin among replicas; simulated profiles; requests of four seeds count together. Takes less than
+two minutes on two cores.
 
     python benchmarks/cluster.py
 """
@@ -21,7 +22,9 @@ import pandas as pd
 import dstack_lab as lab
 
 METHODS = ("exclusive", "temporal", "dstack")
-TARGET, SEED = 0.99, 1
+TARGET = 0.99
+#: Pooled. Not 1: constants of the search were looked at with that seed, and flatter it.
+SEEDS = (2, 3, 4, 5)
 #: Time [ms] in which about this many requests come, within limits.
 REQUESTS, SHORTEST_MS, LONGEST_MS = 30_000, 1_000.0, 5_000.0
 FILLED, MOST_GPUS = (1, 2, 3), 12
@@ -35,19 +38,20 @@ def kept(services: tuple[lab.Service, ...], cluster: lab.Cluster, method: str) -
     except lab.InfeasiblePlan:
         return {"worst": float("nan"), "note": "no placement"}
     duration_ms = min(LONGEST_MS, max(SHORTEST_MS, 1000 * REQUESTS / sum(s.rate_rps for s in services)))
-    trace = lab.simulate_cluster(placement, None, duration_ms, SEED).merged()
-    table = lab.summary(trace).set_index("service")
-    came = trace.requests["service"].value_counts()
-    arrived = [replace(s, arrivals=lab.Deterministic(max(came[s.name], 1) * 1000 / duration_ms)) for s in services]
-    most = lab.cluster_bound(arrived, cluster).total_rps
-    row = table.loc["all"]
+    traces = [lab.simulate_cluster(placement, None, duration_ms, seed).merged() for seed in SEEDS]
+    runs = pd.concat([lab.summary(t) for t in traces]).set_index("service")
+    came = {s.name: sum(int((t.requests["service"] == s.name).sum()) for t in traces) for s in services}
+    seconds = len(SEEDS) * duration_ms / 1000
+    in_time = runs["goodput_rps"].groupby(level=0).sum() * duration_ms / 1000
+    arrived = [replace(s, arrivals=lab.Deterministic(max(came[s.name], 1) / seconds)) for s in services]
+    goodput = in_time["all"] / seconds
     return {
         "peak_pct": placement.peak_pct,
         "replicas": len(placement.replicas),
-        "worst": table["slo_attainment"].drop("all").min(),
-        "goodput_rps": row["goodput_rps"],
-        "ratio to bound": row["goodput_rps"] / most,
-        "utilization": row["utilization"],
+        "worst": min(in_time[name] / number for name, number in came.items() if number),
+        "goodput_rps": goodput,
+        "ratio to bound": goodput / lab.cluster_bound(arrived, cluster).total_rps,
+        "utilization": runs.loc["all", "utilization"].mean(),
         "note": "",
     }
 
