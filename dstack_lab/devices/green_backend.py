@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dstack_lab.devices.green_driver import GreenError
+from dstack_lab.devices.green_driver import torch_with_cuda
 from dstack_lab.devices.green_graphs import GraphPool
 from dstack_lab.devices.green_ledger import SmLedger
 from dstack_lab.protocol import Message
@@ -31,6 +32,7 @@ class GreenBackend:
         self.groups = self.homes[0]
         self.graphs = GraphPool()
         self.used_graph = False
+        self.serving = False
 
     def load(self) -> Message:
         """Open the GPU, cut it, build the network, capture a graph for each batch and home.
@@ -42,11 +44,7 @@ class GreenBackend:
         GreenError
             If torch has no CUDA, or green contexts cannot be had here.
         """
-        import torch
-
-        options = self.options
-        if not torch.cuda.is_available():
-            raise GreenError("torch finds no CUDA here: install a CUDA build of torch on a GPU machine")
+        torch, options = torch_with_cuda(), self.options
         from dstack_lab import zoo
 
         self.torch, self.ledger = torch, SmLedger.of(options.device, options.fine)
@@ -72,6 +70,16 @@ class GreenBackend:
         """Compute on these groups from now on."""
         self.groups = tuple(sorted(groups))
 
+    def hold(self) -> contextlib.AbstractContextManager[object]:
+        """Hold the groups while a batch runs; while it loads, it shares them with whoever serves there.
+
+        Raises
+        ------
+        ValueError
+            If another tenant holds one of them.
+        """
+        return self.ledger.lease(groups=self.groups) if self.serving else contextlib.nullcontext()
+
     def facts(self) -> Message:
         """Facts about the last batch: SMs granted, and whether a graph was replayed."""
         return {"granted_sms": self.ledger.context(self.groups).sms, "graph": self.used_graph}
@@ -87,10 +95,11 @@ class GreenBackend:
             If another tenant holds one of the groups.
         """
         torch, options = self.torch, self.options
-        with self.ledger.lease(groups=self.groups) as lease, torch.inference_mode(), torch.cuda.stream(lease.stream):
+        stream = self.ledger.stream(self.groups)
+        with self.hold(), torch.inference_mode(), torch.cuda.stream(stream):
             rows = (torch.tensor(inputs) % options.pool).to(f"cuda:{options.device}", non_blocking=True)
             batch = [tensor.index_select(0, rows) for tensor in self.pool]
-            captured = self.graphs.get((options.model, len(inputs), lease.groups))
+            captured = self.graphs.get((options.model, len(inputs), self.groups))
             self.used_graph = captured is not None
             digest = captured.replay(batch) if captured else self._digest(*batch)
             classes, scores = digest.cpu().tolist()  # waits for this stream only

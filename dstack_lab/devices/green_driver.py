@@ -86,6 +86,23 @@ class Layout:
         return self.groups[-1] if self.groups[-1] != self.step else 0
 
 
+def torch_with_cuda() -> Any:
+    """Import torch and return it.
+
+    Raises
+    ------
+    GreenError
+        If it finds no GPU.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise GreenError(f"torch {torch.__version__} was built without CUDA: install a CUDA build, see pytorch.org")
+    if not torch.cuda.is_available():
+        raise GreenError(f"torch {torch.__version__} finds no GPU: its CUDA {torch.version.cuda} may be newer than the driver")
+    return torch
+
+
 class Driver:
     """Calls of ``cuda.bindings.driver`` that raise `GreenError` instead of returning a status.
 

@@ -41,7 +41,9 @@ class Tenant:
     options : argparse.Namespace
         Of its backend.
     backend : object
-        As `dstack_lab.worker.Backend`, with ``use(groups)`` and ``facts()`` beside it.
+        As `dstack_lab.worker.Backend`, with ``use(groups)``, ``facts()`` and ``serving`` beside it:
+        only while it serves are its groups its own. A tenant that replaces a lost one loads and
+        warms up on SMs that others may be using.
     worker : module
         `dstack_lab.worker`.
     turn : threading.Lock
@@ -77,6 +79,7 @@ class Tenant:
                 if warm["reply"] == "error":
                     self._send({**warm, "reply": "failed"})
                     return False
+        self.backend.serving = True
         ready: Message = {"reply": "ready", "pid": os.getpid(), "threads": 1, "cores": sorted(os.sched_getaffinity(0))}
         ready |= {"facts": facts, "versions": versions_here("torch", "torchvision", "cuda-bindings")}
         self._send({**ready, "load_ms": (time.perf_counter() - begin) * 1e3})

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from dstack_lab.checks import count, require
-from dstack_lab.devices.green_driver import GreenError, without_mps
+from dstack_lab.devices.green_driver import GreenError, torch_with_cuda, without_mps
 from dstack_lab.devices.green_ledger import SmLedger
 
 #: 1024 threads a block: an SM takes 2 at most, so that enough blocks reach every SM of a share.
@@ -86,10 +86,7 @@ def sms_seen(streams: Sequence[Any], sms: int, device: int = 0) -> tuple[tuple[i
     GreenError
         If torch has no CUDA or cannot compile a kernel.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise GreenError("torch finds no CUDA here: install a CUDA build of torch on a GPU machine")
+    torch = torch_with_cuda()
     compiler = getattr(torch.cuda, "_compile_kernel", None)
     if compiler is None:
         raise GreenError("torch cannot compile a kernel: the proof needs torch 2.11 or later")
@@ -114,6 +111,7 @@ def prove(sms: Sequence[int], device: int = 0, fine: bool = False) -> Proof:
     ValueError, GreenError
         As `verify_disjoint`.
     """
+    torch_with_cuda()
     ledger = SmLedger.of(device, fine)
     n = len(ledger.groups)
     if sms:
