@@ -1,4 +1,4 @@
-"""Command line, for machines without a browser: ``python -m dstack_lab demo|measure|run|figures``."""
+"""Command line, for machines without a browser: ``python -m dstack_lab demo|measure|run|probe|figures``."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--simulate", action="store_true", help="simulate instead")
     run.add_argument("--out", type=Path, default=Path("data/runs/trace.npz"), help="trace to write")
 
+    verbs.add_parser("probe", help="say what this machine can do, and why not; changes nothing")
+
     figures = verbs.add_parser("figures", help="draw the README's pictures from the simulated profile")
     figures.add_argument("--out", type=Path, default=Path("figures"))
 
     options = parser.parse_args(arguments)
     try:
-        {"demo": _demo, "measure": _measure, "run": _run, "figures": _figures}[options.verb](options)
+        {"demo": _demo, "measure": _measure, "run": _run, "probe": _probe, "figures": _figures}[options.verb](options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"dstack_lab {options.verb}: {error}", file=sys.stderr)
         return 2
@@ -77,6 +79,10 @@ def _run(options: argparse.Namespace) -> None:
     print(lab.summary(trace).round(3).to_string(index=False))
     print(trace.provenance)
     print(f"saved {trace.save(options.out)}")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    print(lab.devices.probe())
 
 
 def _figures(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dstack_lab.devices.base import Device, Worker, WorkerDied, WorkerError, WorkerFailed, WorkerTimeout
 from dstack_lab.devices.cpu import Cpu
+from dstack_lab.devices.probe import Probe, probe  # at once: the file of the same name would hide the function later
 
 #: Names for a GPU machine -> the file that holds them; imported when first used.
 _HOME = {
@@ -18,7 +19,7 @@ _HOME = {
     "verify_disjoint": "green_smid",
 }
 
-__all__ = ["Cpu", "Device", "Worker", "WorkerDied", "WorkerError", "WorkerFailed", "WorkerTimeout", *_HOME]
+__all__ = ["Cpu", "Device", "Probe", "Worker", "WorkerDied", "WorkerError", "WorkerFailed", "WorkerTimeout", "probe", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
