@@ -1,5 +1,6 @@
 """Green contexts without a GPU: who owns which SMs, one process for all tenants, what goes wrong and what helps."""
 
+import argparse
 import contextlib
 import gc
 import importlib.util
@@ -20,10 +21,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import dstack_lab as lab
-from dstack_lab.devices import Device, WorkerDied, WorkerFailed, green, green_process
+from dstack_lab.devices import Device, WorkerDied, WorkerFailed, green, green_backend, green_process
 from dstack_lab.devices.green import Green, GroupLeases, Proof, SmLedger, pick
+from dstack_lab.devices.green_backend import GreenBackend
 from dstack_lab.devices.green_driver import Driver, GreenError, Layout, layout_of, read_layout
-from dstack_lab.devices.green_graphs import GraphPool
+from dstack_lab.devices.green_graphs import Captured, GraphPool
+from dstack_lab.worker import CpuBackend
 
 FAKES = Path(__file__).parent / "fakes"
 sys.path.insert(0, str(FAKES))  # workers are given this path too
@@ -184,12 +187,21 @@ def test_leases_never_meet():
         (FakeCuda(version=12020), 0, r"speaks CUDA 12.2, green contexts need 12.4: update the driver to 550"),
         (FakeCuda(), 3, "CUDA_ERROR_INVALID_DEVICE: there is no GPU of this number"),
         (FakeCuda(fail={"cuDeviceGetDevResource": CUresult.CUDA_ERROR_NOT_SUPPORTED}), 0, r"\(MIG, vGPU\) has no green contexts"),
+        (FakeCuda(sms=0), 0, "grants 0 SMs"),
         (SimpleNamespace(), 0, "cuda-bindings has no cuInit: update it"),
     ],
 )
 def test_errors_say_what_helps(fake, device, words):
     with pytest.raises(GreenError, match=words):
         read_layout(device, module=fake)
+
+
+def test_a_gpu_too_small_to_be_cut(monkeypatch):
+    monkeypatch.setattr(green, "layout_of", lambda device, fine: read_layout(device, fine, FakeCuda(sms=6)))
+    assert Green().layout().groups == (6,)
+    assert Green().shares() == (100.0,)
+    assert Green().marks()[0].startswith("one group: only the share 100 exists")
+    assert SmLedger(module=FakeCuda(sms=6)).lease(1).sms == 6
 
 
 def test_cuda_bindings_are_absent(monkeypatch):
@@ -347,10 +359,9 @@ class FakeGraphs:
         return self.stream(stream)
 
 
-def test_a_graph_is_captured_once_on_the_stream_of_its_groups(monkeypatch):
+def test_a_graph_is_captured_once_on_the_stream_of_its_groups():
     torch = FakeGraphs()
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    pool, calls, copies = GraphPool(), [], []
+    pool, calls, copies = GraphPool(torch), [], []
     stream = SimpleNamespace(name="lease", wait_stream=lambda other: None, synchronize=lambda: None)
     static = SimpleNamespace(copy_=lambda fresh, non_blocking: copies.append(fresh))
     example = SimpleNamespace(clone=lambda: static)
@@ -367,6 +378,69 @@ def test_a_graph_is_captured_once_on_the_stream_of_its_groups(monkeypatch):
     assert pool.get(("alexnet", 8, (0, 1))) is None
     assert pool.get(("alexnet", 4, (0, 1))).replay(["fresh"]) == "answer"
     assert (torch.log[-1], copies) == ("replay", ["fresh"])
+
+
+class CudaOnCpu:
+    """torch whose GPU is the CPU, and whose graphs compute anew when they are replayed."""
+
+    def __init__(self, torch, log):
+        self.torch, self.cuda, self.log = torch, self, log
+        self.set_device = self.synchronize = lambda device: None
+
+    def __getattr__(self, name):
+        return getattr(self.torch, name)
+
+    def stream(self, stream):
+        self.log.append(stream)
+        return contextlib.nullcontext()
+
+    def capture(self, pool, key, function, inputs, stream):
+        static = tuple(tensor.clone() for tensor in inputs)
+        output = function(*static)
+        graph = SimpleNamespace(replay=lambda: (self.log.append(f"graph {key}"), output.copy_(function(*static))))
+        pool._graphs[key] = Captured(graph, static, output)
+
+
+def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch):
+    import torch
+
+    log = []
+    fake = CudaOnCpu(torch, log)
+    monkeypatch.setattr(SmLedger, "_shared", {})
+    monkeypatch.setattr(SmLedger, "stream", lambda self, groups: f"stream {groups}")
+    monkeypatch.setattr(green_backend, "torch_with_cuda", lambda: fake)
+    monkeypatch.setattr(green_backend, "_networks", {})
+    monkeypatch.setattr(GreenBackend, "kind", "cpu")
+    monkeypatch.setattr(GraphPool, "capture", lambda self, *arguments: fake.capture(self, *arguments))
+    SmLedger.of(module=FakeCuda())
+    common = {"model": "squeezenet1_1", "weights": None, "seed": 3, "pool": 4}
+    home, away = (0, 1), (2, 3)
+    tenants = [
+        GreenBackend(argparse.Namespace(device=0, fine=False, batches=[2], homes=[home, (14, 15)], **common)) for _ in range(2)
+    ]
+    facts = [tenant.load() for tenant in tenants]
+    assert facts[0] == {"groups": H100, "granted_sms": 16, "sms": 132, "graphs": 2}
+    assert tenants[0].module is tenants[1].module  # parameters are shared
+    reference = CpuBackend(argparse.Namespace(threads=torch.get_num_threads(), **common))
+    monkeypatch.setattr(torch, "set_num_interop_threads", lambda threads: None)
+    reference.load()
+    tenants[0].serving = True
+    for groups, inputs, graph in ((home, [1, 6], True), (home, [3], False), (away, [0, 1], False), ((14, 15), [2, 3], True)):
+        tenants[0].use(groups)
+        log.clear()
+        answers, expected = tenants[0].run(inputs), reference.run(inputs)
+        assert [c for c, _ in answers] == [c for c, _ in expected]
+        assert [score for _, score in answers] == pytest.approx([score for _, score in expected], rel=1e-5)
+        assert tenants[0].facts()["graph"] == graph
+        key = ("squeezenet1_1", len(inputs), groups)
+        assert log == [f"stream {groups}", *([f"graph {key}"] if graph else [])]
+    assert tenants[0].facts()["granted_sms"] == 20  # with the remainder
+    assert tenants[0].ledger.free_sms == 132
+    with tenants[0].ledger.lease(groups=[0]):
+        tenants[0].use(home)
+        with pytest.raises(ValueError, match="among the free ones"):
+            tenants[0].run([1])
+        tenants[1].run([1])  # it still loads
 
 
 # The proof
@@ -489,6 +563,13 @@ def sleepy_plan():
     profile = lab.Profile(table, lab.Provenance("simulated", "Fake GPU", "model"))
     services = [lab.Service(f"sleep-{n}", slo_ms=400, arrivals=lab.Poisson(rate_rps=40)) for n in (5, 8)]
     return lab.optimize(services, profile)
+
+
+def test_the_profiler_measures_green_contexts(sleepers):
+    profile = lab.measure("my:sleep-4", sleepers, [1, 2], [18.18, 100], seconds_per_point=0.1, progress=False)
+    assert sorted(profile.table["gpu_pct"].unique()) == [18.18, 100]
+    assert (profile.table["service_ms"] >= 4).all()
+    assert profile.provenance.mechanism == "green contexts"
 
 
 def test_policies_run_on_green_contexts(sleepers):

@@ -26,11 +26,12 @@ class GreenBackend:
         the groups to prepare graphs for, those it has without being told otherwise first.
     """
 
+    kind = "cuda"
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.homes = [tuple(home) for home in options.homes]
         self.groups = self.homes[0]
-        self.graphs = GraphPool()
         self.used_graph = False
         self.serving = False
 
@@ -47,12 +48,12 @@ class GreenBackend:
         torch, options = torch_with_cuda(), self.options
         from dstack_lab import zoo
 
-        self.torch, self.ledger = torch, SmLedger.of(options.device, options.fine)
-        place = f"cuda:{options.device}"
+        self.torch, self.ledger, self.graphs = torch, SmLedger.of(options.device, options.fine), GraphPool(torch)
+        self.place = f"{self.kind}:{options.device}"
         torch.cuda.set_device(options.device)  # of this thread
         key = (options.model, options.weights, options.seed, options.pool)
         if key not in _networks:
-            network = zoo.load(options.model, weights=options.weights, device=place, seed=options.seed)
+            network = zoo.load(options.model, weights=options.weights, device=self.place, seed=options.seed)
             _networks[key] = network.module, tuple(network.example(options.pool))
         self.module, self.pool = _networks[key]
         torch.cuda.synchronize(options.device)  # loaded on another stream
@@ -97,7 +98,7 @@ class GreenBackend:
         torch, options = self.torch, self.options
         stream = self.ledger.stream(self.groups)
         with self.hold(), torch.inference_mode(), torch.cuda.stream(stream):
-            rows = (torch.tensor(inputs) % options.pool).to(f"cuda:{options.device}", non_blocking=True)
+            rows = (torch.tensor(inputs) % options.pool).to(self.place, non_blocking=True)
             batch = [tensor.index_select(0, rows) for tensor in self.pool]
             captured = self.graphs.get((options.model, len(inputs), self.groups))
             self.used_graph = captured is not None

@@ -185,6 +185,10 @@ class Driver:
         least = FINE_SMS if fine else max(whole.sm.minSmPartitionSize, whole.sm.smCoscheduledAlignment, 1)
         flag = FINE_FLAG if fine else COARSE_FLAG
         number = self.ask("cuDevSmResourceSplitByCount", 0, whole, flag, least)[1]  # 0: ask how many
+        if not number:  # too small to be cut
+            if not whole.sm.smCount:
+                raise GreenError("the driver grants 0 SMs: another process may hold them; check nvidia-smi")
+            return [whole]
         groups, number, rest = self.ask("cuDevSmResourceSplitByCount", number, whole, flag, least)
         found = [group for group in groups[:number] if group.sm.smCount]  # the list is as long as was asked for
         found += [rest] if rest.sm.smCount else []

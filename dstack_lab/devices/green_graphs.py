@@ -37,8 +37,13 @@ class GraphPool:
     """Graphs of one tenant, of which one runs at a time: they share their working memory.
 
     Capture all of them before serving starts: a capture empties torch's caches.
+
+    Parameters
+    ----------
+    torch : module
     """
 
+    torch: Any
     _graphs: dict[Key, Captured] = field(default_factory=dict)
     _memory: Any = None
 
@@ -58,8 +63,7 @@ class GraphPool:
         """
         if key in self._graphs:
             return self._graphs[key]
-        import torch
-
+        torch = self.torch
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())

@@ -63,7 +63,7 @@ class FakeCuda:
         return self._answer("cuDevicePrimaryCtxRetain", 1)
 
     def cuDeviceGetDevResource(self, device, kind):
-        return self._answer("cuDeviceGetDevResource", self._resource(self.sms))
+        return self._answer("cuDeviceGetDevResource", self._resource(self.sms, range(self.sms)))
 
     def cuDevSmResourceSplitByCount(self, number, whole, flags, least):
         step = 2 if flags else self.step
@@ -107,7 +107,7 @@ class Sleeper(GreenBackend):
     def run(self, inputs):
         self.used_graph = self.groups in self.homes
         with self.hold():
-            kind, _, number = self.options.model.partition("-")
+            kind, _, number = self.options.model.rpartition(":")[2].partition("-")
             if kind == "oom" and len(inputs) > 1:
                 raise MemoryError("CUDA out of memory")
             if kind == "fault" and len(inputs) > 1:
