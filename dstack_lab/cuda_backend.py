@@ -102,7 +102,9 @@ class CudaBackend:
         network = zoo.load(self.options.model, weights=self.options.weights, device="cpu", seed=self.options.seed)
         form: dict[str, Any] = {"memory_format": torch.channels_last} if self.cuda.channels_last else {}
         self.module = network.module.to(device=self.place, dtype=self.dtype, **form)
-        self.pool = tuple(self._as_input(tensor) for tensor in network.example(self.options.pool))
+        example = network.example(self.options.pool)
+        self.images = [self.cuda.channels_last and tensor.dim() == 4 for tensor in example]
+        self.pool = tuple(self._stored(tensor, image) for tensor, image in zip(example, self.images, strict=True))
         self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda.graphs else None
         torch.cuda.synchronize()  # loaded on another stream
         return facts(torch) | {
@@ -151,15 +153,14 @@ class CudaBackend:
         flat = answer.reshape(len(inputs[0]), -1)
         return flat.argmax(1), flat.float().mean(1)
 
-    def _as_input(self, tensor: Any) -> Any:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+    def _stored(self, tensor: Any, image: bool) -> Any:
+        """Rows as they are gathered and copied: contiguous, so that each copy is one; images by pixel."""
+        tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return (tensor.permute(0, 2, 3, 1) if image else tensor).contiguous()
 
-    def like(self, tensor: Any, batch: int, **where: Any) -> Any:
-        """Room for `batch` rows of `tensor`: pinned on the host, or on the GPU in the format asked for."""
-        torch, shape = self.torch, (batch, *tensor.shape[1:])
-        if "device" in where and self.cuda.channels_last and tensor.dim() == 4:
-            where["memory_format"] = torch.channels_last
-        return torch.empty(shape, dtype=tensor.dtype, **where)
+    def views(self, stored: Sequence[Any]) -> list[Any]:
+        """Those rows as the network wants them; images are then in memory format channels_last."""
+        return [tensor.permute(0, 3, 1, 2) if image else tensor for tensor, image in zip(stored, self.images, strict=True)]
 
 
 class _Slot:
@@ -168,8 +169,10 @@ class _Slot:
     def __init__(self, backend: CudaBackend, batch: int) -> None:
         torch = backend.torch
         self.backend, self.graph = backend, None
-        self.host = [backend.like(tensor, batch, pin_memory=True) for tensor in backend.pool]
-        self.inputs = [backend.like(tensor, batch, device=backend.place) for tensor in backend.pool]
+        shapes = [((batch, *tensor.shape[1:]), tensor.dtype) for tensor in backend.pool]
+        self.host = [torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in shapes]
+        self.inputs = [torch.empty(shape, dtype=dtype, device=backend.place) for shape, dtype in shapes]
+        self.views = backend.views(self.inputs)
         for source, host, target in zip(backend.pool, self.host, self.inputs, strict=True):
             host.copy_(source[:batch])  # real inputs: token numbers out of range would fault the GPU
             target.copy_(host)
@@ -179,13 +182,13 @@ class _Slot:
         if not backend.cuda.graphs:
             return
         for _ in range(WARM_UPS):  # on the stream that captures
-            backend.digest(*self.inputs)
+            backend.digest(*self.views)
         backend.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             capture = {"stream": backend.stream, "pool": backend.graph_pool, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(graph, **capture):
-                self.answer = backend.digest(*self.inputs)
+                self.answer = backend.digest(*self.views)
         except RuntimeError as error:
             if "out of memory" in str(error):
                 raise
@@ -199,7 +202,7 @@ class _Slot:
         for source, target in zip(self.host, self.inputs, strict=True):
             target.copy_(source, non_blocking=True)
         if self.graph is None:
-            self.answer = self.backend.digest(*self.inputs)
+            self.answer = self.backend.digest(*self.views)
         else:
             self.graph.replay()
         self.classes.copy_(self.answer[0], non_blocking=True)

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from dstack_lab.cuda_backend import PRECISIONS
 from dstack_lab.devices import Device, mps_daemon, mps_keeper, nvml
 from dstack_lab.devices.base import WorkerFailed
 from dstack_lab.devices.cuda_errors import cure_of, with_cure
 from dstack_lab.devices.mps import Mps
 from dstack_lab.devices.mps_daemon import MpsDaemon, MpsError
 from dstack_lab.devices.mps_worker import SmLeases
+from dstack_lab.devices.process import WorkerProcess
+from dstack_lab.worker import parse
 
 FAKES = Path(__file__).parent / "fakes"
 H200 = Mps(sms=132)
@@ -410,3 +413,169 @@ def test_other_errors_are_left_alone():
     assert cure_of("something else 8070") is None
     assert with_cure("as it was") == "as it was"
     assert "busy" in with_cure("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+
+# The worker's side, on a pretended GPU
+
+NETWORK = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+    def forward(self, x):
+        assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == self.conv.weight.dtype
+        return {"logits": self.conv(x).mean((2, 3))}
+def net(): return Net(), torch.randn(8, 3, 8, 8)
+def tokens(): return torch.nn.Embedding(9, 4), torch.arange(8).reshape(8, 1)
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Give a function that makes a backend on a pretended GPU."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    import torch  # the real one, whole, before it is hidden
+    from fake_torch import FakeTorch
+
+    from dstack_lab.cuda_backend import CudaBackend, CudaOptions
+
+    def make(network="net", cuda=None, **machine):
+        fake = FakeTorch(**machine)
+        monkeypatch.setitem(sys.modules, "torch", fake)
+        options = parse([f"--model={tmp_path}/net.py:{network}", "--device=cuda", "--pool=8"])
+        return CudaBackend(options, CudaOptions(**cuda or {})), fake
+
+    yield make
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+
+def answers(backend, inputs):
+    """What the network says, computed plainly."""
+    import torch
+
+    rows = torch.tensor(inputs) % 8
+    with torch.inference_mode():
+        out = backend.module(*backend.views([backend.pool[0].index_select(0, rows)]))
+        out = (out["logits"] if isinstance(out, dict) else out).reshape(len(inputs), -1).float()
+    return out.argmax(1).tolist(), out.mean(1).tolist()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_eager_answers_are_those_of_the_network(gpu, precision):
+    backend, fake = gpu(cuda={"precision": precision, "graphs": False})
+    backend.load()
+    for inputs in ([3], [1, 2, 9], [5], range(8)):
+        classes, scores = answers(backend, list(inputs))
+        got = backend.run(inputs)
+        assert [c for c, _ in got] == classes
+        assert [s for _, s in got] == pytest.approx(scores, rel=1e-2, abs=1e-3)
+    assert (str(backend.module.conv.weight.dtype), backend.gpu_ms) == (f"torch.{PRECISIONS[precision]}", 1.5)
+    assert fake.diary.count("pinned") == 3 * 3  # inputs, classes, scores of three batches
+    assert not any(line.startswith(("capture", "replay")) for line in fake.diary)
+
+
+def test_each_batch_is_captured_once_on_the_stream_it_warmed_up_on(gpu):
+    backend, fake = gpu()
+    backend.load()
+    assert fake.diary == ["threads 1", "synchronize device"]
+    fake.diary.clear()
+    backend.run([0, 1])
+    buffers = ["pinned"] * 3
+    launch = ["event", "replay", "event", "synchronize stream"]
+    assert fake.diary == [*buffers, "synchronize stream", "capture pool thread_local", *launch]
+    fake.diary.clear()
+    backend.run([4, 5])
+    assert fake.diary == launch  # no allocation, no wait for the whole device
+
+
+def test_token_numbers_stay_whole_numbers(gpu):
+    backend, _ = gpu("tokens", {"graphs": False})
+    backend.load()
+    assert not backend.pool[0].is_floating_point()
+    assert [c for c, _ in backend.run([2, 7])] == answers(backend, [2, 7])[0]
+
+
+def test_facts_tell_what_was_granted(gpu, monkeypatch):
+    backend, _ = gpu(sms=34)
+    monkeypatch.setattr("dstack_lab.cuda_backend.under_mps", lambda: True)
+    told = backend.load()
+    assert (told["granted_sms"], told["all_sms"], told["mps"], told["driver"]) == (34, 132, True, "580.159")
+    assert (told["device"], told["clock_mhz"], told["power_w"]) == ("NVIDIA H200", 1980, 350)
+    assert (told["precision"], told["channels_last"], told["graphs"]) == ("fp16", True, True)
+    json.dumps(told)
+
+
+def test_without_nvml_the_facts_are_fewer(gpu, monkeypatch):
+    monkeypatch.setenv("FAKE_DRIVER", "absent")
+    backend, _ = gpu()
+    told = backend.load()
+    assert told["granted_sms"] == 66
+    assert "clock_mhz" not in told
+
+
+def test_the_memory_cap_counts_from_what_is_reserved(gpu):
+    backend, fake = gpu()
+    backend.load()
+    backend.cap_memory(200)
+    backend.cap_memory(5000)
+    assert fake.diary[-2:] == ["fraction 0.3", "fraction 1"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "error", "words"),
+    [
+        ({"built_for": None}, None, r"torch 2\.11\.0\+fake was built without CUDA: install a CUDA build"),
+        ({"gpus": 0}, None, "CUDA shows no GPU: unset CUDA_VISIBLE_DEVICES"),
+        ({}, "MPS client failed to connect to the MPS control daemon", "CUDA does not start: MPS client failed"),
+    ],
+)
+def test_a_gpu_that_does_not_open_is_explained(gpu, machine, error, words):
+    backend, fake = gpu(**machine)
+    fake.cuda.error = error
+    with pytest.raises(RuntimeError, match=words):
+        backend.load()
+
+
+def test_a_network_that_cannot_be_captured_says_how_to_run_it(gpu):
+    backend, fake = gpu()
+    backend.load()
+    fake.cuda.capture_error = "operation not permitted when stream is capturing"
+    with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph: pass graphs=False .*not permitted"):
+        backend.run([0])
+    fake.cuda.capture_error = "CUDA out of memory"
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
+        backend.run([0])
+    fake.cuda.capture_error = None
+    assert len(backend.run([0])) == 1  # nothing half-made is kept
+
+
+def test_options_come_from_the_environment():
+    from dstack_lab.cuda_backend import CudaOptions
+
+    env = {"DSTACK_LAB_PRECISION": "bf16", "DSTACK_LAB_CHANNELS_LAST": "0", "DSTACK_LAB_GRAPHS": "1"}
+    assert CudaOptions.from_env(env) == CudaOptions("bf16", False, True)
+    assert CudaOptions.from_env({}) == CudaOptions()
+    with pytest.raises(ValueError, match="DSTACK_LAB_GRAPHS = 'yes': must be 0 or 1"):
+        CudaOptions.from_env({"DSTACK_LAB_GRAPHS": "yes"})
+    with pytest.raises(ValueError, match="precision = 'int8'"):
+        CudaOptions.from_env({"DSTACK_LAB_PRECISION": "int8"})
+
+
+def test_without_libcuda_nothing_is_under_mps():
+    from dstack_lab.cuda_backend import under_mps
+
+    assert not under_mps("libcuda_that_is_not_there.so")
+
+
+def test_a_real_worker_without_cuda_says_so(tmp_path):
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    with WorkerProcess("alexnet", 100, backend="cuda") as worker:
+        with pytest.raises(WorkerFailed, match="was built without CUDA: install a CUDA build"):
+            worker.wait_ready(60)
