@@ -34,9 +34,11 @@ class Captured:
 
 @dataclass(slots=True, eq=False)
 class GraphPool:
-    """Graphs of one tenant, of which one runs at a time: they share their working memory.
+    """Graphs of one tenant, of which one runs at a time: those of one place share their working memory.
 
-    Capture all of them before serving starts: a capture empties torch's caches.
+    Memory belongs to the stream that it was made on, so that places do not share. Capture all graphs
+    before serving starts, one at a time in a process: a capture waits for the whole GPU and empties
+    torch's caches.
 
     Parameters
     ----------
@@ -45,7 +47,7 @@ class GraphPool:
 
     torch: Any
     _graphs: dict[Key, Captured] = field(default_factory=dict)
-    _memory: Any = None
+    _memory: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def capture(self, key: Key, function: Callable[..., Any], inputs: Sequence[Any], stream: Any) -> Captured:
         """Capture ``function(*inputs)`` on `stream`, whose SMs every replay then uses; once for a key.
@@ -64,8 +66,8 @@ class GraphPool:
         if key in self._graphs:
             return self._graphs[key]
         torch = self.torch
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
+        if key[2] not in self._memory:
+            self._memory[key[2]] = torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(stream):
             static = tuple(tensor.clone() for tensor in inputs)
@@ -73,7 +75,7 @@ class GraphPool:
                 function(*static)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._memory[key[2]], stream=stream, capture_error_mode="thread_local"):
                 output = function(*static)
         self._graphs[key] = Captured(graph, static, output)
         return self._graphs[key]
