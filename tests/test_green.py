@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import dstack_lab as lab
-from dstack_lab.devices import Device, WorkerDied, WorkerFailed, green, green_backend, green_process
+from dstack_lab.devices import Device, WorkerDied, WorkerFailed, green, green_backend, green_process, green_smid
 from dstack_lab.devices.green import Green, GroupLeases, Proof, SmLedger, pick
 from dstack_lab.devices.green_backend import GreenBackend
 from dstack_lab.devices.green_driver import Driver, GreenError, Layout, layout_of, read_layout
@@ -463,6 +463,44 @@ def test_the_proof_needs_cuda():
         lab.devices.verify_disjoint(64, 64)
     with pytest.raises(ValueError, match="sms"):
         lab.devices.verify_disjoint(0)
+
+
+@pytest.fixture
+def prover(monkeypatch, capsys):
+    """`verify_disjoint` in this process, with a kernel that sees the SMs of the fake context it runs on."""
+    monkeypatch.setattr(SmLedger, "_shared", {})
+    ledger = SmLedger.of(module=FakeCuda())
+    monkeypatch.setattr(SmLedger, "stream", lambda self, groups: self.context(groups).green)
+    monkeypatch.setattr(green_smid, "torch_with_cuda", lambda: None)
+    monkeypatch.setattr(green_smid, "sms_seen", lambda streams, sms, device: tuple(map(tuple, streams)))
+
+    def run(command, **_):
+        status = green_smid.main(command[3:])
+        return SimpleNamespace(returncode=status, stdout="a library's words\n" + capsys.readouterr().out, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return ledger
+
+
+@pytest.mark.parametrize(("sms", "granted"), [((), (64, 68)), ((64, 64), (64, 68)), ((8, 8, 13), (8, 8, 16)), ((132,), (132,))])
+def test_shares_are_proven_apart(prover, sms, granted):
+    proof = lab.devices.verify_disjoint(*sms)
+    assert proof
+    assert proof.granted == granted
+    assert prover.free_sms == 132
+
+
+@pytest.mark.parametrize("sms", [(100, 100), (65, 65)])  # 65 and 65 are 130, but not in groups of 8
+def test_too_many_sms_to_prove(prover, sms):
+    with pytest.raises(ValueError, match="or less"):
+        lab.devices.verify_disjoint(*sms)
+    assert prover.free_sms == 132
+
+
+def test_a_proof_that_crashes_says_so(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-11, stdout="", stderr="its last words"))
+    with pytest.raises(GreenError, match="status -11: its last words"):
+        lab.devices.verify_disjoint()
 
 
 # The process of all tenants

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -116,15 +117,14 @@ def prove(sms: Sequence[int], device: int = 0, fine: bool = False) -> Proof:
     n = len(ledger.groups)
     if sms:
         require(sum(sms) <= ledger.sms, "sum of sms", sum(sms), f"{ledger.sms} or less, the SMs of device {device}")
-        leases = [ledger.lease(number) for number in sms]
     else:
         require(n > 1, "groups", n, "2 or more to have two shares: use fine=True")
-        leases = [ledger.lease(groups=part) for part in (range(n // 2), range(n // 2, n))]
-    try:
+    with contextlib.ExitStack() as held:
+        if sms:
+            leases = [held.enter_context(ledger.lease(number)) for number in sms]
+        else:
+            leases = [held.enter_context(ledger.lease(groups=part)) for part in (range(n // 2), range(n // 2, n))]
         return Proof(sms_seen([lease.stream for lease in leases], ledger.sms, device), tuple(lease.sms for lease in leases))
-    finally:
-        for lease in leases:
-            lease.give()
 
 
 def verify_disjoint(*sms: int, device: int = 0, fine: bool = False, timeout_s: float = 120.0) -> Proof:
