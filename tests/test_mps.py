@@ -107,6 +107,7 @@ def test_a_daemon_that_does_not_serve_is_explained_and_removed(machine, mood, wo
     assert nothing_left(machine.roots, 0.5)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_will_not_quit_is_ended(machine, monkeypatch):
     machine(FAKE_MPS="stubborn")
     daemon = MpsDaemon()
@@ -174,6 +175,12 @@ def test_the_environment_of_another_daemon_is_not_inherited(machine):
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "30.31",
     }
     daemon.quit()
+
+
+def test_a_setting_that_would_change_every_worker_is_refused(machine):
+    machine(CUDA_MPS_PINNED_DEVICE_MEM_LIMIT="0=1G")
+    with pytest.raises(MpsError, match=r"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT is set in the environment .* unset it"):
+        MpsDaemon()
 
 
 def test_a_foreign_daemon_is_seen(tmp_path):
@@ -571,6 +578,7 @@ def test_without_libcuda_nothing_is_under_mps():
     assert not under_mps("libcuda_that_is_not_there.so")
 
 
+@pytest.mark.slow
 def test_a_real_worker_without_cuda_says_so(tmp_path):
     import torch
 
@@ -579,3 +587,39 @@ def test_a_real_worker_without_cuda_says_so(tmp_path):
     with WorkerProcess("alexnet", 100, backend="cuda") as worker:
         with pytest.raises(WorkerFailed, match="was built without CUDA: install a CUDA build"):
             worker.wait_ready(60)
+
+
+# Through the public verbs
+
+
+@pytest.mark.slow
+def test_measure_and_run_need_not_know_the_device(machine):
+    import dstack_lab as lab
+
+    with Mps() as device:
+        profile = lab.measure(["alexnet"], device=device, batches=[1, 2], shares=[50, 100], seconds_per_point=0.1)
+        assert (profile.provenance.device, profile.provenance.mechanism) == ("NVIDIA H200, 132 SMs", "MPS")
+        plan = lab.optimize([lab.Service("alexnet", slo_ms=500, arrivals=lab.Poisson(rate_rps=50))], profile)
+        trace = lab.run(plan, lab.Temporal(), device=device, duration_ms=400, seed=1)
+    assert trace.provenance.mechanism == "MPS"
+    assert len(trace.requests) > 5
+    assert trace.requests["finish_ms"].notna().all()
+
+
+@pytest.mark.slow
+def test_a_killed_owner_leaves_neither_worker_nor_daemon(machine):
+    code = """import os; from dstack_lab.devices.mps import Mps
+w = Mps().start("any", 50); w.wait_ready(30); print(w.daemon.root, w.pid, flush=True); os.kill(os.getpid(), 9)"""
+    env = {**os.environ, "PYTHONPATH": str(FAKES)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=FAKES.parents[1], env=env, check=False
+    )
+    root, pid = done.stdout.split()
+    assert nothing_left([root])
+    assert not mps_keeper.wait_gone(int(pid), 0)
+
+
+def test_the_parent_needs_neither_torch_nor_cuda():
+    code = "import sys, dstack_lab.devices.mps; from dstack_lab.devices import probe; probe(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FAKES.parents[1], check=True)
+    assert done.stdout == "False\n"

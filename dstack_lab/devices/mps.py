@@ -114,10 +114,14 @@ class Mps:
         ValueError
             If it is not a whole number of steps; the message names the nearest shares that are.
         """
+        return self._grant(gpu_pct)[1]
+
+    def _grant(self, gpu_pct: float) -> tuple[float, int]:
+        """The share of whole steps that `gpu_pct` is, and its SMs."""
         gpu_pct, steps = percent("gpu_pct", gpu_pct), self._steps()
         nearest = min(steps, key=lambda share: abs(share - gpu_pct))
         if abs(nearest - gpu_pct) <= ROUNDING_PCT:
-            return steps[nearest]
+            return nearest, steps[nearest]
         around = [s for s in steps if s < gpu_pct][-1:] + [s for s in steps if s > gpu_pct][:1]
         text = " or ".join(f"{s:g}" for s in around)
         require(False, "gpu_pct", gpu_pct, f"a share of whole steps of {self.step_sms} SMs: nearest {text}")
@@ -160,9 +164,7 @@ class Mps:
         RuntimeError
             If this machine cannot run MPS, or the GPU takes no further client.
         """
-        sms = self.sms_for(gpu_pct)
-        steps = self._steps()
-        exact = next(share for share, n in steps.items() if n == sms)
+        exact, sms = self._grant(gpu_pct)
         daemon = self._daemon()
         env = daemon.client_env(exact) | {"DSTACK_LAB_PRECISION": self.precision}
         env |= {"DSTACK_LAB_CHANNELS_LAST": f"{self.channels_last:d}", "DSTACK_LAB_GRAPHS": f"{self.graphs:d}"}
@@ -172,7 +174,6 @@ class Mps:
     def _daemon(self) -> MpsDaemon:
         """The running daemon of this GPU, or a fresh one."""
         with _LOCK:
-            gpu = nvml.gpu(self.device)
             daemon = _DAEMONS.get(self._key())
             if daemon is not None and not daemon.alive:
                 if clients(daemon):
@@ -180,6 +181,7 @@ class Mps:
                 daemon.quit()
                 daemon = None
             if daemon is None:
+                gpu = nvml.gpu(self.device)
                 refuse_unusable(gpu)
                 alone = len(nvml.gpus()) == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
                 daemon = _DAEMONS[self._key()] = MpsDaemon(None if alone else gpu.uuid)

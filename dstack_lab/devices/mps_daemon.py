@@ -23,6 +23,9 @@ PLACES = ("/usr/local/nvidia/bin", "/usr/bin", "/usr/local/cuda/bin", "/opt/nvid
 #: Where a daemon that nobody gave a folder listens: every CUDA program finds it without asking.
 FOREIGN = Path("/tmp/nvidia-mps")
 
+#: What a worker's environment replaces; any other setting of MPS would reach it unseen.
+REPLACED = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+
 #: From this version of the programs on a GPU takes 60 clients, before it 48.
 SIXTY_CLIENTS = 13010
 
@@ -36,7 +39,8 @@ class MpsError(RuntimeError):
 
 def find_program(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
     """Path of an MPS program: on PATH, then in `PLACES`."""
-    return shutil.which(name, path=os.pathsep.join([environ.get("PATH", ""), *PLACES]))
+    path = os.pathsep.join(filter(None, [environ.get("PATH"), *PLACES]))  # an empty entry would be the current folder
+    return shutil.which(name, path=path) if path else None
 
 
 def version(control: str) -> int | None:
@@ -76,11 +80,13 @@ class MpsDaemon:
     """
 
     def __init__(self, uuid: str | None = None, timeout_s: float = 60.0) -> None:
+        if limits := sorted(key for key in os.environ if key.startswith("CUDA_MPS_") and key not in REPLACED):
+            raise MpsError(f"{limits[0]} is set in the environment and would change every worker: unset it")
         control = find_program(CONTROL)
         if control is None:
             cure = "install the package nvidia-compute-utils of your driver's version, or start the container with the "
             raise MpsError(f"{CONTROL} is neither on PATH nor in {', '.join(PLACES)}: {cure}'compute' driver capability")
-        path = os.pathsep.join([str(Path(control).parent), os.environ.get("PATH", "")])
+        path = os.pathsep.join(filter(None, [str(Path(control).parent), os.environ.get("PATH")]))
         if find_program(SERVER, {"PATH": path}) is None:
             raise MpsError(f"{SERVER} is missing beside {control}: install both programs from the same driver package")
         self.control, self.version, self.server = control, version(control), 0
