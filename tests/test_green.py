@@ -28,7 +28,7 @@ from dstack_lab.devices.green_graphs import Captured, GraphPool
 from dstack_lab.worker import CpuBackend
 
 FAKES = Path(__file__).parent / "fakes"
-sys.path.insert(0, str(FAKES))  # workers are given this path too
+sys.path.insert(0, str(FAKES / "green"))  # workers are given this path too
 from fake_cuda import CUresult, FakeCuda  # noqa: E402
 
 H100 = (8,) * 15 + (12,)
