@@ -33,6 +33,7 @@ _HOMES = {
     "ledger": ("PolicyError",),
     "workloads": ("scaled", "workload"),
     "experiments": ("compare", "sweep"),
+    "ablation": ("ablate",),
     "capacity": ("MaxLoad", "max_load"),
     "validation": ("validate",),
     "cluster": ("Cluster", "LeastWork", "Placement", "Random", "RoundRobin", "cluster_bound", "place", "simulate_cluster"),

@@ -29,6 +29,7 @@ FLOORS: dict[float, str] = {
     4: "devices simulator",
     4.5: "cuda_backend fleet trials",
     5: "capacity cluster experiments validation worker",
+    5.5: "ablation",
     6: "profiler runner",
     7: "figures",
     8: "exercises panels",
