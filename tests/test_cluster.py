@@ -174,7 +174,7 @@ class TestPacking:
         slow=st.lists(st.integers(10, 150), min_size=3, max_size=3), faster=st.lists(st.floats(0.2, 1.5), min_size=3, max_size=3)
     )
     def test_split_services_on_different_gpus_beside_brute_force(self, slow, faster):
-        """All that four quarters of three services on two GPUs allow: a local search has no proven factor, but never loses far."""
+        """All that four quarters of three services on two GPUs allow: a local search has no proven factor."""
         best, found = self.beside_brute_force(slow, faster)
         assert best <= found <= max(best * 1.5, best + REPLICA_GAIN_PCT)
 
