@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,12 @@ from dstack_lab.figures import style
 from dstack_lab.gpu_model import GpuModel, fit
 from dstack_lab.knees import Knee
 from dstack_lab.profiles import Profile
+
+
+@lru_cache(maxsize=64)
+def fitted_model(profile: Profile, model: str) -> GpuModel:
+    """Fit once per profile object: a slider asks for the same network over and over."""
+    return fit(profile, model)
 
 
 class Curve:
@@ -30,16 +37,17 @@ class Curve:
         For the rule ``capacity`` [ms].
     """
 
-    __slots__ = ("gpu_pct", "knee", "knee_ms", "model", "points", "service_ms")
+    __slots__ = ("at", "gpu_pct", "knee", "knee_ms", "model", "points", "service_ms")
 
     def __init__(self, profile: Profile, model: str, batch: int, rule: str, slo_ms: float | None) -> None:
         rows = profile.of(model)
-        fitted: GpuModel = fit(profile, model)
+        fitted = fitted_model(profile, model)
         self.model = model
         self.points: pd.DataFrame = rows[rows["batch"] == batch]
         self.gpu_pct = np.unique(np.append(np.geomspace(max(1.0, rows["gpu_pct"].min()), 100, 60), np.arange(10, 101, 5.0)))
         self.service_ms = np.asarray(fitted.predict(batch, self.gpu_pct))
         self.knee: Knee = fitted.knee(batch, rule, slo_ms=slo_ms)
+        self.at: Callable[[float], float] = lambda gpu_pct: float(fitted.predict(batch, gpu_pct))
         self.knee_ms = float("nan") if np.isnan(self.knee.pct) else float(fitted.predict(batch, self.knee.pct))
 
     @property
@@ -70,6 +78,7 @@ def knee(
     rule: str = "tolerance",
     slo_ms: float | None = None,
     *,
+    at_pct: float | None = None,
     width: int = style.WIDTH,
 ) -> go.Figure:
     """Draw service time against GPU%: the profile's points, the fitted curve, and the knee with its interval.
@@ -86,6 +95,8 @@ def knee(
         Rule of the knee: one of `dstack_lab.knees.RULES`.
     slo_ms : float, optional
         Latency objective for the rule ``capacity`` [ms].
+    at_pct : float, optional
+        A GPU% to mark on every curve, with its service time.
     width : int
         Width of the figure [px].
 
@@ -99,6 +110,7 @@ def knee(
     ValueError
         If the profile lacks a model, or the rule or batch is not allowed.
     """
+    here = None if at_pct is None else percent("at_pct", at_pct)
     drawn, title, batch, log = curves(profile, models, batch, rule, slo_ms)
     right = 40 + 7 * max(len(c.label) for c in drawn)
     made = style.figure(title, str(profile.provenance), width=width, height=460, right=min(right, width // 2))
@@ -111,6 +123,10 @@ def knee(
         low, high = np.log10(low), np.log10(high)
     for curve, cue in zip(drawn, style.cues(c.model for c in drawn).values(), strict=True):
         _add_curve(made, curve, cue)
+        if here is not None:
+            _add_here(made, curve, here)
+    if here is not None:
+        made.add_vline(here, line={"color": style.GREY, "width": 1.5, "dash": "dot"})
     ends = [float(np.log10(c.service_ms[-1])) if log else float(c.service_ms[-1]) for c in drawn]
     # one line of text is 17 px of the drawing's height
     gap = 17 / (made.layout.height - made.layout.margin.t - made.layout.margin.b) * (high - low)
@@ -159,6 +175,30 @@ def _add_curve(made: go.Figure, curve: Curve, cue: style.Cue) -> None:
         )
 
 
+def _add_here(made: go.Figure, curve: Curve, at_pct: float) -> None:
+    """Mark a share on a curve."""
+    ms = curve.at(at_pct)
+    made.add_trace(
+        go.Scatter(
+            x=[at_pct],
+            y=[ms],
+            mode="markers+text",
+            name=f"{style.plain(curve.model)}, here",
+            text=[here_words(curve, at_pct)],
+            textposition="top right" if at_pct < 55 else "top left",
+            textfont={"color": style.GREY, "size": 13},
+            marker={"color": style.GREY, "symbol": "x", "size": 11},
+            cliponaxis=False,
+            hovertemplate=f"{here_words(curve, at_pct)}<extra></extra>",
+        )
+    )
+
+
+def here_words(curve: Curve, at_pct: float) -> str:
+    """Service time at a share, and beside the whole GPU's."""
+    return f"{curve.at(at_pct):.3g} ms at {at_pct:g} %, {curve.at(at_pct) / curve.at(100):.2f} × that at 100 %"
+
+
 def _inside(ends: list[float], gap: float, low: float) -> list[float]:
     """Labels apart from each other and above the axis."""
     moved = style.spread(ends, gap)
@@ -200,7 +240,7 @@ def batches(
         If the profile lacks `model`, a share is not in 1 to 100, or `slo_ms` is not above 0.
     """
     rows = profile.of(model)
-    fitted = fit(profile, model)
+    fitted = fitted_model(profile, model)
     limit = None if slo_ms is None else positive("slo_ms", slo_ms)
     chosen = _some(np.unique(rows["gpu_pct"])) if shares is None else sorted({percent("shares", g) for g in shares})
     require(1 <= len(chosen) <= len(style.DASHES), "shares", chosen, f"1 to {len(style.DASHES)} of them")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import textwrap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dstack_lab.checks import require
 from dstack_lab.figures import style
-from dstack_lab.figures.curves import curves
+from dstack_lab.figures.curves import curves, here_words
 from dstack_lab.figures.races import METRICS, attained_from, gather, origin_of, spans
+from dstack_lab.figures.sheets import Target, sheet, written
 from dstack_lab.figures.space import Window, raster, visible, window
 from dstack_lab.figures.timelines import (
     COLUMNS,
@@ -28,80 +25,34 @@ from dstack_lab.figures.timelines import (
     strength,
     titles,
 )
-from dstack_lab.files import whole_file
 from dstack_lab.profiles import Profile
 from dstack_lab.provenance import Provenance
 from dstack_lab.traces import Trace
 
-SUFFIXES = (".png", ".svg")
-
-#: Ids in an SVG are random without a salt; text stays text; hatches are thin.
-_RC: dict[Any, Any] = {
-    "svg.hashsalt": "dstack_lab",
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "hatch.linewidth": 0.7,
-    "text.color": style.GREY,
-    "axes.labelcolor": style.GREY,
-    "axes.edgecolor": style.GREY,
-    "xtick.color": style.GREY,
-    "ytick.color": style.GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": style.GREY,
-    "grid.alpha": 0.25,
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-}
-_DPI = 150
-
-
-@contextmanager
-def _sheet(
-    path: str | os.PathLike[str], title: str, origin: str, columns: int = 1, height: float = 4.2, share_y: bool = False
-) -> Iterator[tuple[Any, Any]]:
-    """Yield a figure and its axes with title and provenance; write the file when the block succeeds."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    suffix = Path(path).suffix.lower()
-    require(suffix in SUFFIXES, "path", str(path), f"a file name that ends in {' or '.join(SUFFIXES)}")
-    with matplotlib.rc_context(_RC):
-        sheet = Figure(figsize=(9, height), layout="constrained", facecolor="none")
-        sheet.suptitle(title, x=0.01, ha="left", fontsize=13)
-        axes = sheet.subplots(1, columns, sharey=share_y)
-        yield sheet, axes
-        # a caption below, where no label of an axis can run into it
-        sheet.supxlabel("\n".join(textwrap.wrap(origin, 120)), x=0.01, ha="left", fontsize=8.5)
-        stamp = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
-        with whole_file(path) as temporary:
-            sheet.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=stamp)
-
 
 def static_timeline(
     trace: Trace,
-    path: str | os.PathLike[str],
+    path: Target,
     start_ms: float | None = None,
     end_ms: float | None = None,
     *,
     window_ms: float = 500.0,
     exact: int = EXACT,
-) -> Path:
+) -> Path | None:
     """Write `timeline` as a PNG or SVG, by the suffix of `path`; the file is whole or absent.
 
     Parameters
     ----------
     trace : Trace
-    path : path
-        Ends in ``.png`` or ``.svg``.
+    path : path or binary file
+        A path ends in ``.png`` or ``.svg``; an open file gets a PNG, smaller than one on paper.
     start_ms, end_ms, window_ms, exact
         As for `timeline`.
 
     Returns
     -------
     pathlib.Path
+        None for an open file.
 
     Raises
     ------
@@ -115,7 +66,7 @@ def static_timeline(
     dense = len(launches) > exact
     if dense:
         origin = dense_words(origin, launches, (view.end_ms - view.start_ms) / COLUMNS)
-    with _sheet(path, title, origin, height=1.8 + 0.5 * len(names) if dense else 4.4) as (_, axes):
+    with sheet(path, title, origin, height=1.8 + 0.5 * len(names) if dense else 4.4) as (_, axes):
         axes.set_xlabel("Time [ms]")
         axes.set_xlim(view.start_ms, view.end_ms)
         if launches.empty:
@@ -125,7 +76,7 @@ def static_timeline(
             _draw_raster(axes, held, names, launches, view)
         else:
             _draw_rectangles(axes, rectangles(launches, view), names, view)
-    return Path(path)
+    return written(path)
 
 
 def _draw_rectangles(axes: Any, pieces: pd.DataFrame, names: list[str], view: Window) -> None:
@@ -192,15 +143,17 @@ def _draw_raster(axes: Any, held: Any, names: list[str], launches: pd.DataFrame,
 
 def static_knee(
     profile: Profile,
-    path: str | os.PathLike[str],
+    path: Target,
     models: Iterable[str] | str | None = None,
     batch: int | None = None,
     rule: str = "tolerance",
     slo_ms: float | None = None,
-) -> Path:
+    *,
+    at_pct: float | None = None,
+) -> Path | None:
     """Write `knee` as a PNG or SVG, by the suffix of `path`; parameters and errors as for `knee`."""
     drawn, title, _, log = curves(profile, models, batch, rule, slo_ms)
-    with _sheet(path, title, str(profile.provenance), height=4.8) as (_, axes):
+    with sheet(path, title, str(profile.provenance), height=4.8) as (_, axes):
         for curve, cue in zip(drawn, style.cues(c.model for c in drawn).values(), strict=True):
             color = cue.color
             axes.plot(curve.gpu_pct, curve.service_ms, color=color, linestyle=cue.mpl_dash, linewidth=1.5)
@@ -209,6 +162,12 @@ def static_knee(
                 reach = [[curve.knee.pct - curve.knee.low], [curve.knee.high - curve.knee.pct]]
                 axes.errorbar(curve.knee.pct, curve.knee_ms, xerr=reach, color=color, linewidth=1)
                 axes.plot(curve.knee.pct, curve.knee_ms, cue.mpl_marker, color=color, markersize=10, fillstyle="none")
+            if at_pct is not None:
+                axes.plot(at_pct, curve.at(at_pct), "x", color=style.GREY, markersize=8, markeredgewidth=2)
+                words = {"ha": "left" if at_pct < 55 else "right", "va": "bottom", "textcoords": "offset points"}
+                axes.annotate(here_words(curve, at_pct), (at_pct, curve.at(at_pct)), (6 if at_pct < 55 else -6, 5), **words)
+        if at_pct is not None:
+            axes.axvline(at_pct, color=style.GREY, linestyle=":", linewidth=1.2)
         axes.set_xlim(0, 101)
         axes.set_xlabel("Share [GPU%]")
         axes.set_ylabel("Service time [ms]")
@@ -226,20 +185,20 @@ def static_knee(
         for curve, cue, at in zip(drawn, style.cues(c.model for c in drawn).values(), style.spread(ends, 0.055), strict=True):
             axes.plot(1.02, at, cue.mpl_marker, color=cue.color, markersize=5, transform=axes.transAxes, clip_on=False)
             axes.text(1.035, at, curve.label, transform=axes.transAxes, va="center", fontsize=8.5)
-    return Path(path)
+    return written(path)
 
 
 def static_comparison(
     table: pd.DataFrame,
-    path: str | os.PathLike[str],
+    path: Target,
     provenance: Provenance | str | Iterable[Provenance | str] | None = None,
     bound_rps: float | None = None,
-) -> Path:
+) -> Path | None:
     """Write `comparison` as a PNG or SVG, by the suffix of `path`; parameters and errors as for `comparison`."""
     means, policies, services, runs = gather(table)
     origin = origin_of(table, provenance, policies, runs)
     y = np.arange(len(policies))
-    with _sheet(path, "Policies side by side\n", origin, 3, 2.1 + 0.42 * len(policies), share_y=True) as (_, axes):
+    with sheet(path, "Policies side by side\n", origin, 3, 2.1 + 0.42 * len(policies), share_y=True) as (_, axes):
         left = np.zeros(len(policies))
         for i, (name, cue) in enumerate(style.cues(services).items()):
             mine = means.xs(name, level="service").reindex(policies)
@@ -269,4 +228,4 @@ def static_comparison(
         handles, words = axes[1].get_legend_handles_labels()
         look = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 8, "fontsize": 9, "borderaxespad": 0.2}
         axes[0].legend(handles, words, handletextpad=0.2, **look).set_in_layout(False)  # it spans all three
-    return Path(path)
+    return written(path)

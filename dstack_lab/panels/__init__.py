@@ -1,0 +1,8 @@
+"""Panels: a question with sliders. Each has `facts()`, `describe()` and one live figure, and reads where no kernel runs.
+
+The only room that imports ipywidgets.
+"""
+
+from dstack_lab.panels.knee_explorer import KneeExplorer
+
+__all__ = ["KneeExplorer"]
