@@ -69,12 +69,12 @@ def sheet(
             page.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=stamp)
 
 
-def written(path: Target) -> Path | None:
-    """Return what a function that writes a file gives back."""
-    return Path(path) if isinstance(path, (str, os.PathLike)) else None
+def written(path: Target) -> Path:
+    """Return what a function that writes a file gives back: its path, ``-`` for an open file."""
+    return Path(path) if isinstance(path, (str, os.PathLike)) else Path("-")
 
 
-def static_nothing(path: Target, title: str, words: str) -> Path | None:
+def static_nothing(path: Target, title: str, words: str) -> Path:
     """Write a picture that says in words why there is nothing to draw."""
     with sheet(path, title, "", height=2.4) as (_, axes):
         axes.set_axis_off()

@@ -38,7 +38,7 @@ def static_timeline(
     *,
     window_ms: float = 500.0,
     exact: int = EXACT,
-) -> Path | None:
+) -> Path:
     """Write `timeline` as a PNG or SVG, by the suffix of `path`; the file is whole or absent.
 
     Parameters
@@ -52,7 +52,7 @@ def static_timeline(
     Returns
     -------
     pathlib.Path
-        None for an open file.
+        ``-`` for an open file.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def static_knee(
     slo_ms: float | None = None,
     *,
     at_pct: float | None = None,
-) -> Path | None:
+) -> Path:
     """Write `knee` as a PNG or SVG, by the suffix of `path`; parameters and errors as for `knee`."""
     drawn, title, _, log = curves(profile, models, batch, rule, slo_ms)
     with sheet(path, title, str(profile.provenance), height=4.8) as (_, axes):
@@ -193,7 +193,7 @@ def static_comparison(
     path: Target,
     provenance: Provenance | str | Iterable[Provenance | str] | None = None,
     bound_rps: float | None = None,
-) -> Path | None:
+) -> Path:
     """Write `comparison` as a PNG or SVG, by the suffix of `path`; parameters and errors as for `comparison`."""
     means, policies, services, runs = gather(table)
     origin = origin_of(table, provenance, policies, runs)

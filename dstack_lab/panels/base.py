@@ -19,6 +19,8 @@ from dstack_lab.panels import controls
 from dstack_lab.panels.live_figure import live, marks, show
 from dstack_lab.profiles import Profile, load_profile
 
+_TEXT = "max-width: 800px; line-height: 1.4"
+
 
 @dataclass(frozen=True, slots=True)
 class Look:

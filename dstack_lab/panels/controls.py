@@ -16,6 +16,7 @@ from traitlets import TraitError, validate
 Say = Callable[[str], None]
 
 _BOX = ipywidgets.Layout(width="250px")
+_LIST = ipywidgets.Layout(width="370px")
 _SLIDER = ipywidgets.Layout(width="300px")
 _STYLE = {"description_width": "150px"}
 
@@ -38,7 +39,7 @@ class _Bounded:
 
     def range(self) -> tuple[float, float]:
         """Smallest and largest value."""
-        return self.min, self.max  # type: ignore[attr-defined, no-any-return]
+        return self.min, self.max  # type: ignore[attr-defined]
 
 
 class WholeSlider(_Bounded, ipywidgets.IntSlider):
