@@ -27,7 +27,7 @@ _HOMES = {
     "contention": ("Contention",),
     "policies": (
         *("Clipper", "DStack", "Gpulet", "Gslice", "Ideal", "MaxMin", "MaxThroughput", "Nexus", "Temporal", "Triton"),
-        *("AdaptiveDStack", "Drop", "Launch", "Policy", "Uncontrolled", "Wake"),
+        *("AdaptiveDStack", "Drop", "Launch", "Policy", "Uncontrolled", "Wake", "plan_period"),
     ),
     "simulator": ("simulate",),
     "ledger": ("PolicyError",),

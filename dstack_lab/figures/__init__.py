@@ -5,11 +5,13 @@
 
 from dstack_lab.figures.curves import batches, knee
 from dstack_lab.figures.latencies import latency
+from dstack_lab.figures.periods import period
 from dstack_lab.figures.plans import plan
 from dstack_lab.figures.races import comparison
 from dstack_lab.figures.space import place, raster
 from dstack_lab.figures.static import static_comparison, static_knee, static_timeline
 from dstack_lab.figures.style import COLORS, CONFIG, cues, quiet_mode_bar
+from dstack_lab.figures.sweeps import gains, loads
 from dstack_lab.figures.timelines import timeline
 
 __all__ = [
@@ -18,8 +20,11 @@ __all__ = [
     "batches",
     "comparison",
     "cues",
+    "gains",
     "knee",
     "latency",
+    "loads",
+    "period",
     "place",
     "plan",
     "raster",

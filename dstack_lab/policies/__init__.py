@@ -12,6 +12,7 @@ from dstack_lab.policies.nexus import Nexus
 from dstack_lab.policies.temporal import Temporal
 from dstack_lab.policies.triton import Triton
 from dstack_lab.policies.uncontrolled import Uncontrolled
+from dstack_lab.policies.windows import PeriodPlan, Window, plan_period
 
 __all__ = [
     "AdaptiveDStack",
@@ -27,6 +28,7 @@ __all__ = [
     "MaxMin",
     "MaxThroughput",
     "Nexus",
+    "PeriodPlan",
     "Policy",
     "Running",
     "ServiceView",
@@ -34,4 +36,6 @@ __all__ = [
     "Triton",
     "Uncontrolled",
     "Wake",
+    "Window",
+    "plan_period",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
+import pandas as pd
+
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
 
 #: Windows are sized for this many times the mean rate, so that bursts fit; the first that can be placed is taken.
@@ -47,6 +49,11 @@ class PeriodPlan:
     period_ms: float
     windows: tuple[Window, ...]
     allocations: tuple[Allocation, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per window, by start: ``service``, ``start_ms``, ``end_ms``, ``gpu_pct`` and ``batch``."""
+        names = ("service", "start_ms", "end_ms", "gpu_pct", "batch")
+        return pd.DataFrame([{name: getattr(window, name) for name in names} for window in self.windows], columns=list(names))
 
 
 def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
