@@ -90,8 +90,11 @@ class Ledger:
         view._ready_ns = at
         if at <= self.state.now_ns:
             view.ready, view.due_ms = True, (first + view.slo_ns) / NS_PER_MS
+            if not view.in_flight:
+                self.state.startable[view.index] = view
             return -1
         view.ready, view.due_ms = False, INFINITE
+        self.state.startable.pop(view.index, None)
         return -1 if at == NEVER_NS else at
 
     def launch(self, decision: Launch) -> tuple[ServiceView, int, int]:
@@ -128,6 +131,7 @@ class Ledger:
         state.free_pct -= share
         view._head = head + batch
         view.in_flight += 1
+        state.startable.pop(view.index, None)
         self.waiting_total -= batch
         return view, number, end
 
@@ -157,6 +161,8 @@ class Ledger:
         state = self.state
         view, share, _, _, _ = state._running.pop(number)
         view.in_flight -= 1
+        if view.ready and not view.in_flight:
+            state.startable[view.index] = view
         state.free_pct = state.free_pct + share if state._running else 100.0  # exact again whenever the GPU is empty
         if end_ns is not None:
             self._log[number * FIELDS + END] = end_ns

@@ -161,7 +161,7 @@ def _run(ledger: Ledger, policy: Policy, duration_ns: int) -> None:
             elif kind == READY:  # as in `happen`, without the call: half of all events
                 view = services[key]
                 if not view.ready and view._ready_ns == now:
-                    view.ready, view.due_ms = True, view.oldest_deadline_ms
+                    view.become_ready()
                     if state.free_pct >= needs_pct:
                         ask = True
             elif happen(now, kind, key):

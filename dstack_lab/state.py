@@ -72,7 +72,7 @@ class ServiceView:
     """
 
     __slots__ = (
-        *("_arrivals", "_clock", "_head", "_ready_ns", "_service_ns", "_table"),
+        *("_arrivals", "_clock", "_columns", "_head", "_ready_ns", "_service_ns", "_table"),
         *("batch", "batch_max", "due_ms", "gpu_pct", "in_flight", "index", "name", "ready", "slo_ms", "slo_ns", "wait_ns"),
     )
 
@@ -93,6 +93,7 @@ class ServiceView:
         self._head = 0  # the oldest request that is neither launched nor dropped
         self._ready_ns = NEVER_NS
         self._service_ns: dict[tuple[int, float], int] = {}
+        self._columns: dict[float, list[float]] = {}  # GPU% -> service time by batch [ms]
         self._clock: GpuState
 
     @property
@@ -135,7 +136,18 @@ class ServiceView:
 
     def service_ms(self, batch: int, gpu_pct: float) -> float:
         """Predicted service time of a batch at a share [ms]."""
-        return self._table.at(batch, gpu_pct)
+        column = self._columns.get(gpu_pct)
+        if column is not None and 0 < batch <= self.batch_max:
+            return column[batch]
+        asked = self._table.at(batch, gpu_pct)
+        self._columns[gpu_pct] = [0.0, *(self._table.at(b, gpu_pct) for b in range(1, self.batch_max + 1))]
+        return asked
+
+    def become_ready(self) -> None:
+        """For engines: a batch is full, or its oldest request has waited."""
+        self.ready, self.due_ms = True, self.oldest_deadline_ms
+        if not self.in_flight:
+            self._clock.startable[self.index] = self
 
     def remember_ns(self, batch: int, gpu_pct: float) -> int:
         """Service time in whole nanoseconds, at least 1; remembered because engines ask for it at each launch."""
@@ -156,15 +168,19 @@ class GpuState:
     free_pct : float
         GPU% that no launch holds.
     services : tuple of ServiceView
+    startable : dict of ServiceView
+        Those with a batch that is `ready` and none in flight, by index, in no order: with many services
+        it is shorter to look through.
     """
 
-    __slots__ = ("_running", "by_name", "free_pct", "now_ns", "services")
+    __slots__ = ("_running", "by_name", "free_pct", "now_ns", "services", "startable")
 
     def __init__(self, services: tuple[ServiceView, ...]) -> None:
         self.now_ns = 0
         self.free_pct = 100.0
         self.services = services
         self.by_name = {view.name: view for view in services}
+        self.startable: dict[int, ServiceView] = {}
         self._running: dict[int, tuple[ServiceView, float, int, int, int]] = {}  # by number of the launch
         for view in services:
             view._clock = self

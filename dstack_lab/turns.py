@@ -65,7 +65,7 @@ class Turns:
             view = self.state.services[key]
             if view.ready or view._ready_ns > now:  # its queue has moved on since
                 return False
-            view.ready, view.due_ms = True, view.oldest_deadline_ms
+            view.become_ready()
             return self.state.free_pct >= self.needs_pct
         if kind == ARRIVAL:
             view = self.state.services[key]

@@ -167,6 +167,22 @@ def test_conservation(plan, which, seed):
     assert again.launches.equals(launches)
 
 
+class Watches(Wild):
+    """Compares what could start with what the views say, at every turn."""
+
+    def decide(self, state):
+        waits = {view.index: view for view in state.services if view.ready and not view.in_flight}
+        assert state.startable == waits
+        return super().decide(state)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=plans(), which=st.integers(0, 1000), parted=st.booleans())
+def test_what_can_start_is_what_is_ready_and_not_in_flight(plan, which, parted):
+    contention = None if parted else lab.Contention()
+    lab.simulate(plan, Watches(which, every_arrival=False), 200, seed=1, contention=contention)
+
+
 def test_the_same_seed_gives_every_policy_the_same_requests():
     both = plan(("a", 50, lab.Poisson(200), 50.0, 4, table()), ("b", 50, lab.Gamma(100, 2), 50.0, 4, table()))
     first, second = (lab.simulate(both, policy, 2000, seed=7).requests for policy in (lab.Temporal(), lab.DStack()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan
+from dstack_lab.state import NS_PER_MS, GpuState, ServiceView
 
 
 class Booking(NamedTuple):
@@ -37,28 +38,61 @@ class Calendar:
     def __init__(self, period: PeriodPlan, start_ms: float = 0.0) -> None:
         self._period_ms = period.period_ms
         self.windows = period.windows
-        self._cursor, self._began_ms = 0, start_ms
+        self._began_ms = start_ms  # of the first period that is not written out
+        self._ahead: list[Booking] = []  # windows written out so far, those taken included
+        self._taken = 0
         self.next_ms = self.windows[0].start_ms
 
     def take_due(self, now_ms: float) -> list[Booking]:
         """Windows that have started since the last call."""
         due = self.before(now_ms + 2 * EPSILON_MS)
-        for _ in due:
-            self._cursor, self._began_ms = self._following(self._cursor, self._began_ms)
-        self.next_ms = self._began_ms + self.windows[self._cursor].start_ms
+        self._taken += len(due)
+        if self._taken == len(self._ahead):
+            self._write_out()
+        if self._taken > 8 * len(self.windows):  # forget them now and then: a list is slow to shorten at its front
+            del self._ahead[: self._taken]
+            self._taken = 0
+        self.next_ms = self._ahead[self._taken].start_ms
         return due
 
     def before(self, end_ms: float) -> list[Booking]:
         """Windows not taken yet that start before `end_ms`."""
-        ahead: list[Booking] = []
-        cursor, began = self._cursor, self._began_ms
+        limit, first, ahead = end_ms - EPSILON_MS, self._taken, self._ahead
+        last = first
         while True:
-            window = self.windows[cursor]
-            start = began + window.start_ms
-            if start >= end_ms - EPSILON_MS:
-                return ahead
-            ahead.append(Booking(start, began + window.end_ms, began + window.next_end_ms, window.service, window.gpu_pct))
-            cursor, began = self._following(cursor, began)
+            while last < len(ahead) and ahead[last].start_ms < limit:
+                last += 1
+            if last < len(ahead):
+                return ahead[first:last]
+            self._write_out()
 
-    def _following(self, cursor: int, began_ms: float) -> tuple[int, float]:
-        return (cursor + 1, began_ms) if cursor + 1 < len(self.windows) else (0, began_ms + self._period_ms)
+    def leaves_room(self, state: GpuState, service: ServiceView, share: float, end_ms: float) -> bool:
+        """Whether every window that starts before `end_ms` gets its share beside `share` more, held by `service`.
+
+        Windows of `service` do not count, and whoever still runs when one starts gives its own away.
+        """
+        ahead = self.before(end_ms)
+        name, running, checked = service.name, state._running.values(), -1.0
+        for start, *_, owner, _ in ahead:
+            if owner == name or start == checked:
+                continue
+            checked = start
+            at, holders, held, reserved = start * NS_PER_MS + 0.5, set[str](), 0.0, 0.0
+            for view, other, _, _, until in running:
+                if until > at:
+                    held += other
+                    holders.add(view.name)
+            for begin, stop, _, of, pct in ahead:
+                if begin <= start < stop and of != name and of not in holders:
+                    reserved += pct
+            if reserved + share + held > 100 + EPSILON_MS:
+                return False
+        return True
+
+    def _write_out(self) -> None:
+        """Add one more period."""
+        began = self._began_ms
+        self._ahead += [
+            Booking(began + w.start_ms, began + w.end_ms, began + w.next_end_ms, w.service, w.gpu_pct) for w in self.windows
+        ]
+        self._began_ms = began + self._period_ms

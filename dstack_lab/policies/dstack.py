@@ -65,7 +65,10 @@ class DStack(Policy):
         self.calendar = Calendar(period, now)
         self.blocked: list[Booking] = []  # windows whose time has come but whose share is not free yet
         self.woken_ms = -1.0
-        self.needs_pct = min(a.gpu_pct for a in period.allocations)
+        self.own = {name: a.gpu_pct for name, a in self.point.items()}
+        self.needs_pct = min(self.own.values())
+        # then no window ever waits for another; launches of an earlier plan may hold less than their windows now
+        self.side_by_side = now == 0 and _added(self.own.values()) <= 100
 
     def wait_ms(self, allocation: Allocation, slo_ms: float) -> float:
         """Part of the slack that a request spends waiting for company."""
@@ -83,9 +86,9 @@ class DStack(Policy):
             if late:
                 return [*late, Wake(now)]
         launches: list[Launch] = []
-        if self.planned:
+        if self.planned and (self.blocked or self.calendar.next_ms <= now + EPSILON_MS):
             self._open_windows(state, now, launches)
-        if self.opportunistic and state.free_pct >= self.needs_pct:
+        if self.opportunistic and state.startable and state.free_pct >= self.needs_pct:
             self._fill(state, now, launches)
         if self.planned and self.calendar.next_ms > self.woken_ms:
             self.woken_ms = self.calendar.next_ms
@@ -94,8 +97,6 @@ class DStack(Policy):
 
     def _open_windows(self, state: GpuState, now: float, launches: list[Launch]) -> None:
         """Launch the windows whose time has come; empty ones, and ones whose service runs already, are given away."""
-        if not self.blocked and self.calendar.next_ms > now + EPSILON_MS:
-            return
         due, self.blocked = self.blocked + self.calendar.take_due(now), []
         started = set[str]()  # a window that was blocked and the next one of its service may be due together
         for window in due:
@@ -113,16 +114,17 @@ class DStack(Policy):
     def _fill(self, state: GpuState, now: float, launches: list[Launch]) -> None:
         """Launch ready services, the least served first, where they are gone before a planned window needs their share."""
         started = {launch.service for launch in launches}
-        ready = [s for s in state.services if s.ready and not s.in_flight and s.name not in started]
+        ready = [s for s in state.startable.values() if s.name not in started]
         if len(ready) > 1:
             received = self.scores.received
-            ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.due_ms))
-        others = _added([self.point[s.name].gpu_pct for s in ready])
+            ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.due_ms, s.index))
+        others = _added([self.own[s.name] for s in ready])
         free = state.free_pct - _sum(launches) - _added([w.gpu_pct for w in self.blocked]) + EPSILON_MS
         for service in ready:
-            others -= self.point[service.name].gpu_pct
+            own = self.own[service.name]
+            others -= own
             for share in self.ladder[service.name]:  # more than its window's share only if nobody else waits for it
-                if share > (free - others if share > self.point[service.name].gpu_pct else free):
+                if share > (free - others if share > own else free):
                     continue
                 batch = self._batch(service, now, share)
                 if self._fits(state, service, share, now + service.service_ms(batch, share), launches):
@@ -134,14 +136,12 @@ class DStack(Policy):
         """Whether a launch that ends at `end` leaves every planned window until then its share."""
         if not self.planned or self.calendar.next_ms >= end:
             return True
-        ahead = [w for w in self.calendar.before(end) if w.service != service.name]
         share += _sum(launches)
-        for start in [w.start_ms for w in ahead]:
-            held = state.held_pct(start)  # by service; one that still runs gives its window away
-            reserved = _added([w.gpu_pct for w in ahead if w.start_ms <= start < w.end_ms and w.service not in held])
-            if reserved + share + _added(held.values()) > 100 + EPSILON_MS:
-                return False
-        return True
+        if self.side_by_side:
+            idle = _added([self.own[s.name] for s in state.services if not s.in_flight and s is not service])
+            if idle + share <= state.free_pct:  # even if all others began now
+                return True
+        return self.calendar.leaves_room(state, service, share, end)
 
     def _batch(self, service: ServiceView, now: float, share: float) -> int:
         """All that waits up to the planned batch; more of it if the oldest request is still in time."""
