@@ -77,8 +77,9 @@ class CudaBackend:
 
     def __init__(self, options: argparse.Namespace, cuda: CudaOptions | None = None) -> None:
         self.options, self.cuda = options, cuda or CudaOptions.from_env()
-        self.slots: dict[int, _Slot] = {}
-        self.gpu_ms = float("nan")
+        self.slots: dict[int, _Slot] = {}  # prepared, by batch
+        self.eager: dict[int, _Slot] = {}  # those of batches that nobody prepared
+        self.gpu_ms, self.path = float("nan"), ""
 
     def load(self) -> Message:
         """Open the GPU, build the network and put it there.
@@ -124,18 +125,29 @@ class CudaBackend:
         total = cuda.get_device_properties(0).total_memory
         cuda.set_per_process_memory_fraction(min(1.0, (cuda.memory_reserved(0) + memory_mib * 2**20) / total), 0)
 
+    def prepare(self, batch: int) -> None:
+        """Make buffers for a batch and capture its graph; takes long, and is never done on a request's way."""
+        if batch not in self.slots:
+            with self.torch.inference_mode(), self.torch.cuda.stream(self.stream):
+                self.slots[batch] = _Slot(self, batch, self.cuda.graphs)
+
     def run(self, inputs: Sequence[int]) -> list[list[float]]:
         """Gather the inputs in pinned memory, run the network, read its answer.
 
-        A batch seen for the first time is warmed up and captured first, which takes seconds.
-        `gpu_ms` is then the time on the GPU, from the copy of the inputs to that of the answer.
+        A batch that was not prepared is filled up to the next one that was (`path` is then
+        ``"padded"``); larger than all, it runs eagerly. `gpu_ms` is the time on the GPU, from the
+        copy of the inputs to that of the answer.
         """
         torch = self.torch
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            slot = self.slots.get(len(inputs))
-            if slot is None:
-                slot = self.slots[len(inputs)] = _Slot(self, len(inputs))
-            rows = torch.tensor(inputs) % self.options.pool
+            n = len(inputs)
+            size = min((batch for batch in self.slots if batch >= n), default=n) if self.cuda.graphs else n
+            if size not in self.slots and n not in self.eager:
+                self.eager[n] = _Slot(self, n, graph=False)
+            slot = self.slots[size] if size in self.slots else self.eager[n]
+            self.path = "eager" if slot.graph is None else "graph" if size == n else "padded"
+            wanted = [*inputs, *[inputs[-1]] * (slot.batch - len(inputs))]
+            rows = torch.tensor(wanted) % self.options.pool
             for source, target in zip(self.pool, slot.host, strict=True):
                 torch.index_select(source, 0, rows, out=target)
             slot.begin.record(self.stream)
@@ -143,7 +155,8 @@ class CudaBackend:
             slot.end.record(self.stream)
             self.stream.synchronize()  # of this stream only
             self.gpu_ms = slot.begin.elapsed_time(slot.end)
-            return [[c, s] for c, s in zip(slot.classes.tolist(), slot.scores.tolist(), strict=True)]
+            pairs = zip(slot.classes.tolist(), slot.scores.tolist(), strict=True)
+            return [[c, s] for c, s in pairs][: len(inputs)]
 
     def digest(self, *inputs: Any) -> tuple[Any, Any]:
         """Run the network; return the position of the largest output of each input, and the mean of all."""
@@ -166,28 +179,29 @@ class CudaBackend:
 class _Slot:
     """Buffers, events and graph of one batch. Batches take turns, so their graphs share memory."""
 
-    def __init__(self, backend: CudaBackend, batch: int) -> None:
+    def __init__(self, backend: CudaBackend, batch: int, graph: bool) -> None:
         torch = backend.torch
-        self.backend, self.graph = backend, None
+        self.backend, self.batch, self.graph = backend, batch, None
         shapes = [((batch, *tensor.shape[1:]), tensor.dtype) for tensor in backend.pool]
         self.host = [torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in shapes]
         self.inputs = [torch.empty(shape, dtype=dtype, device=backend.place) for shape, dtype in shapes]
         self.views = backend.views(self.inputs)
+        rows = torch.arange(batch) % backend.options.pool  # a batch may be larger than the pool
         for source, host, target in zip(backend.pool, self.host, self.inputs, strict=True):
-            host.copy_(source[:batch])  # real inputs: token numbers out of range would fault the GPU
+            torch.index_select(source, 0, rows, out=host)  # real inputs: token numbers out of range would fault the GPU
             target.copy_(host)
         self.classes = torch.empty(batch, dtype=torch.int64, pin_memory=True)
         self.scores = torch.empty(batch, dtype=torch.float32, pin_memory=True)
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if not backend.cuda.graphs:
+        if not graph:
             return
         for _ in range(WARM_UPS):  # on the stream that captures
             backend.digest(*self.views)
         backend.stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.CUDAGraph()
         try:
             capture = {"stream": backend.stream, "pool": backend.graph_pool, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graph, **capture):
+            with torch.cuda.graph(captured, **capture):
                 self.answer = backend.digest(*self.views)
         except RuntimeError as error:
             if "out of memory" in str(error):
@@ -195,7 +209,7 @@ class _Slot:
             raise RuntimeError(
                 f"the network cannot be captured in a CUDA graph: pass graphs=False to run eagerly ({error})"
             ) from error
-        self.graph = graph
+        self.graph = captured
 
     def compute(self) -> None:
         """Queue copy, network and copy on the current stream."""

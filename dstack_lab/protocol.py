@@ -10,7 +10,7 @@ op        fields                                               reply    fields
 (start)                                                        failed   error, message; the worker then exits
 ``warm``  batches, [repeats], [threads]                        warm     wall_ms
 ``time``  batch, repeats, [min_ms], [max_ms], [threads]        time     samples_ms, cpu_ms, wall_ms
-``run``   inputs, [threads]                                    run      outputs, service_ms, cpu_ms, start_ms
+``run``   inputs, [threads]                                    run      outputs, service_ms, cpu_ms, start_ms, [path]
 ``stop``                                                                the worker exits with status 0
 any                                                            error    error, message; the worker lives on
 ========  ===================================================  =======  ==============================================

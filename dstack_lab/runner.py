@@ -77,7 +77,11 @@ def run(
     -------
     Trace
         As `simulate` returns, with the columns ``answer`` (class of each request's answer, -1 if
-        none) and ``score`` (mean of its output) beside each request, and faults in ``events``.
+        none) and ``score`` (mean of its output) beside each request, and faults in ``events``. Beside
+        each launch, as far as its worker told: ``effective_sms`` (SMs really granted), ``worker_ms``
+        (service by the worker's own clock: ``end_ms - start_ms - worker_ms`` is the cost of dispatch),
+        ``gpu_ms`` (by the GPU's clock) and ``path`` (``graph``: a CUDA graph was replayed; ``padded``:
+        that of a larger batch; ``eager``: none, which is also an event unless the device wants it so).
 
     Raises
     ------
@@ -107,6 +111,7 @@ def run(
     versions = versions_here("dstack-lab", "torch", "numpy")
     provenance = Provenance("measured", device.describe(), device.mechanism, versions, today(), marks)
     trace = ledger.to_trace(duration_ms, policy.name, seed, provenance)
+    _annotate(trace, session.told)
     trace.requests["answer"] = np.concatenate(session.answers)
     trace.requests["score"] = np.concatenate(session.scores)
     if error is not None:
@@ -119,10 +124,12 @@ class _Run:
 
     def __init__(self, ledger: Ledger, policy: Policy, fleet: Fleet, device: Device, hung_ms: float) -> None:
         self.ledger, self.policy, self.fleet = ledger, policy, fleet
-        self.leases = device.leases()
+        self.device, self.leases = device, device.leases()
         self.hung_ns = round(hung_ms * NS_PER_MS)
         self.answers = [np.full(times.size, -1, dtype=np.int64) for times in ledger.arrivals_ns]
         self.scores = [np.full(times.size, np.nan) for times in ledger.arrivals_ns]
+        self.told: dict[int, Message] = {}  # launch -> what its worker said about it
+        self.slow_paths: set[tuple[str, float, int]] = set()
         self.doubted: dict[str, int] = {}  # service -> end of the range of requests whose batch failed once
         self.state = ledger.state
 
@@ -206,6 +213,21 @@ class _Run:
         member.launch = -1
         self.leases.give(member.worker)
         self.ledger.finish(number, self.state.now_ns)
+        self._note(number, member, batch, message)
+
+    def _note(self, number: int, member: Member, batch: int, message: Message) -> None:
+        """Keep what the worker told about a launch; a slow path is news the first time."""
+        granted = message.get("granted_sms", getattr(member.worker, "granted_sms", None))
+        path = message.get("path", "")
+        gpu_ms = message.get("gpu_ms")
+        self.told[number] = {"effective_sms": granted, "worker_ms": message["service_ms"], "gpu_ms": gpu_ms, "path": path}
+        seen = (member.service, member.gpu_pct, batch)
+        if path in ("eager", "padded") and getattr(self.device, "graphs", True) and seen not in self.slow_paths:
+            self.slow_paths.add(seen)
+            how = "ran eagerly" if path == "eager" else "was filled up to a larger one"
+            self._event(
+                "no graph", member.service, f"batch {batch} at {member.gpu_pct:g} % {how}: no CUDA graph of its own there"
+            )
 
     def _find_hung(self, now: int) -> bool:
         hung = [m for m in self.fleet.members.values() if m.launch >= 0 and now > m.overdue_ns]
@@ -244,6 +266,15 @@ class _Run:
 
     def _event(self, kind: str, service: str, detail: str) -> None:
         self.ledger.events.append((self.state.now_ns / NS_PER_MS, kind, service, detail))
+
+
+def _annotate(trace: Trace, told: dict[int, Message]) -> None:
+    """Add columns about each launch, those that any worker had something to say about."""
+    number = trace.launches["launch"]
+    for column, missing in (("effective_sms", np.nan), ("worker_ms", np.nan), ("gpu_ms", np.nan), ("path", "")):
+        values = [told.get(n, {}).get(column) for n in number]
+        if any(value not in (None, "") for value in values):
+            trace.launches[column] = [missing if value is None else value for value in values]
 
 
 def _bar(show: bool, total: float, text: str, unit: str) -> Any:

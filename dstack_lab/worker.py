@@ -153,6 +153,8 @@ def _warm(backend: Backend, message: Message) -> Message:
     require(isinstance(batches, list), "batches", batches, "a list of batches")
     begin = time.perf_counter()
     for batch in [count("batch", b) for b in batches]:
+        if hasattr(backend, "prepare"):
+            backend.prepare(batch)
         for _ in range(repeats):
             _serve(backend, range(batch))
     return {"reply": "warm", "wall_ms": (time.perf_counter() - begin) * 1e3}
@@ -189,12 +191,17 @@ def _run(backend: Backend, message: Message) -> Message:
     service_ms = (time.monotonic() - begin) * 1e3
     cpu_ms = (time.process_time() - cpu) * 1e3
     reply = {"reply": "run", "outputs": outputs, "service_ms": service_ms, "cpu_ms": cpu_ms, "start_ms": begin * 1e3}
-    return {**reply, **_gpu_ms(backend)}
+    return {**reply, **_gpu_ms(backend), **_path(backend)}
 
 
 def _gpu_ms(backend: Backend) -> dict[str, float]:
     """Time of the last batch on the GPU's own clock, where there is one."""
     return {"gpu_ms": backend.gpu_ms} if hasattr(backend, "gpu_ms") else {}
+
+
+def _path(backend: Backend) -> dict[str, str]:
+    """How the last batch was run on a GPU: ``graph``, ``padded`` or ``eager``."""
+    return {"path": backend.path} if hasattr(backend, "path") else {}
 
 
 def _first_tensor(answer: Any) -> Any:

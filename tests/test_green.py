@@ -430,7 +430,7 @@ def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch):
         answers, expected = tenants[0].run(inputs), reference.run(inputs)
         assert [c for c, _ in answers] == [c for c, _ in expected]
         assert [score for _, score in answers] == pytest.approx([score for _, score in expected], rel=1e-5)
-        assert tenants[0].facts()["graph"] == graph
+        assert tenants[0].facts()["path"] == ("graph" if graph else "eager")
         key = ("squeezenet1_1", len(inputs), groups)
         assert log == [f"stream {groups}", *([f"graph {key}"] if graph else [])]
     assert tenants[0].facts()["granted_sms"] == 20  # with the remainder
@@ -525,7 +525,11 @@ def test_tenants_share_one_process_and_run_side_by_side(sleepers):
             worker.send({"op": "run", "id": worker.model, "inputs": [3, 4]})
         first, second = one.receive(5), other.receive(5)
         assert first["outputs"] == [[3, 0.5], [4, 0.5]]
-        assert (first["granted_sms"], second["granted_sms"], second["graph"]) == (40, 68, True)  # the right end has the remainder
+        assert (first["granted_sms"], second["granted_sms"], second["path"]) == (
+            40,
+            68,
+            "graph",
+        )  # the right end has the remainder
         assert abs(first["start_ms"] - second["start_ms"]) < 300
         assert first["cpu_ms"] < 150
     assert not one.alive
@@ -611,9 +615,12 @@ def test_the_profiler_measures_green_contexts(sleepers):
 
 def test_policies_run_on_green_contexts(sleepers):
     trace = lab.run(sleepy_plan(), lab.DStack(), sleepers, duration_ms=800, seed=1)
-    assert trace.events.empty
+    assert set(trace.events["kind"]) <= {"no graph"}  # the double prepares two places
     assert (trace.requests["outcome"] == "served").all()
     assert (trace.requests["answer"] >= 0).all()
+    assert set(trace.launches["path"]) <= {"graph", "eager"}
+    asked = trace.launches["gpu_pct"] * 132 / 100
+    assert (trace.launches["effective_sms"] >= asked - 0.1).all()
     assert trace.provenance.mechanism == "green contexts"
     assert [mark for mark in trace.provenance.marks if mark.startswith("remainder")]
 

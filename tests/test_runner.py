@@ -79,7 +79,10 @@ def test_a_real_run_has_the_simulators_schema_and_requests(policy):
     check_books(real)
     simulated = lab.simulate(made, policy, 2000, seed=3)
     assert real.requests.columns.tolist() == [*simulated.requests.columns, "answer", "score"]
-    assert real.launches.columns.tolist() == simulated.launches.columns.tolist()
+    assert real.launches.columns.tolist() == [*simulated.launches.columns, "worker_ms"]  # a CPU has neither SMs nor graphs
+    spent = real.launches["end_ms"] - real.launches["start_ms"]
+    assert (real.launches["worker_ms"] > 0).all()
+    assert (real.launches["worker_ms"] <= spent).all()  # both clocks are one; what is left over is dispatch
     assert np.allclose(real.requests["arrival_ms"], simulated.requests["arrival_ms"])
     assert real.provenance.kind == "measured"
     assert "core" in real.provenance.device

@@ -85,7 +85,7 @@ class Green:
         clusters may refuse such groups or run slower: compare both.
     places : int
         Places on the GPU for which each share's CUDA graphs are prepared, spread evenly. In any
-        other place a batch runs eagerly; its answer says so (``graph``).
+        other place a batch runs eagerly; its answer says so (``path``), and a run's trace too.
 
     Notes
     -----

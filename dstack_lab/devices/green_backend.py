@@ -83,7 +83,7 @@ class GreenBackend:
 
     def facts(self) -> Message:
         """Facts about the last batch: SMs granted, and whether a graph was replayed."""
-        return {"granted_sms": self.ledger.context(self.groups).sms, "graph": self.used_graph}
+        return {"granted_sms": self.ledger.context(self.groups).sms, "path": "graph" if self.used_graph else "eager"}
 
     def run(self, inputs: Sequence[int]) -> list[list[float]]:
         """Gather the inputs, run the network on the leased SMs, digest its answer.

@@ -2,7 +2,7 @@
 
 A tenant speaks `dstack_lab.protocol` on its channel, as a worker process does on its pipes. A ``run``
 or ``time`` may carry ``groups``, the SMs it is lent from now on; the answer to ``run`` says
-``granted_sms`` and whether a CUDA graph was replayed (``graph``).
+``granted_sms`` and whether a CUDA graph was replayed (``path``: ``graph`` or ``eager``).
 
 Started by `dstack_lab.devices.green_process`, which passes the room `dstack_lab.worker`: a device may
 not import it.

@@ -168,7 +168,7 @@ class GreenWorker(WorkerProcess):
     ) -> None:
         require(isinstance(model, str) and bool(model), "model", model, "the name of a network")
         self.model, self.gpu_pct = model, percent("gpu_pct", gpu_pct)
-        self.threads, self.cores = 1, None
+        self.threads, self.cores, self.granted_sms = 1, None, None
         self.units, self.homes, self.groups, self.layout = units, tuple(homes), homes[0], groups
         batches = [count("batch", b) for b in batches]
         message: Message = {"model": model, "weights": weights, "seed": count("seed", seed, least=0), "batches": batches}

@@ -48,7 +48,9 @@ class Mps:
     sms : int, optional
         SMs of the GPU; by default those that the driver tells.
     tolerance_sms : int
-        A worker that was granted more or fewer SMs than its share is refused beyond this.
+        A worker that was granted more or fewer SMs than its share is refused beyond this. The default is the
+        coarsest step known (8 SMs, Hopper's co-scheduling): what was granted is in every row of a
+        profile and of a trace (``effective_sms``), whatever was asked.
     oversubscribe : bool
         Let shares held at the same time sum to more than 100, as `policies.Uncontrolled` does.
 
@@ -65,7 +67,7 @@ class Mps:
     step_sms: int = 2
     rounds_up: bool = False
     sms: int | None = None
-    tolerance_sms: int = 0
+    tolerance_sms: int = 8
     oversubscribe: bool = False
 
     name: ClassVar[str] = "mps"

@@ -76,6 +76,7 @@ class WorkerProcess:
         require(isinstance(model, str) and bool(model), "model", model, "the name of a network")
         self.model = model
         self.gpu_pct = percent("gpu_pct", gpu_pct)
+        self.granted_sms: int | None = None  #: as its ``ready`` says; None on a CPU
         self.threads = count("threads", threads)
         self.cores = None if cores is None else tuple(cores)
         batches = [count("batch", b) for b in batches]
@@ -278,6 +279,7 @@ class WorkerProcess:
             for message in self._lines.feed(data):
                 if message["reply"] == "ready":
                     self._team = message["facts"].get("team", [])
+                    self.granted_sms = message["facts"].get("granted_sms")
                 self._inbox.append(message)
 
     def _death(self) -> WorkerDied:
