@@ -125,6 +125,12 @@ def fits(ms: Array, batch: Array, slo_ms: float, rate_rps: float) -> NDArray[np.
     return np.asarray(wait & fill & rate)
 
 
+def verdicts(ms: Array, batch: Array, slo_ms: float, rate_rps: float) -> NDArray[np.int64]:
+    """Place in `CONSTRAINTS` of what each point breaks most, -1 where it breaks nothing; shape of `ms`."""
+    asks = np.stack([np.broadcast_to(need / limit, ms.shape) for need, limit in _asks(ms, batch, slo_ms, rate_rps)])
+    return np.where((asks <= 1).all(axis=0), -1, asks.argmax(axis=0))
+
+
 def broken_most(ms: float, batch: int, slo_ms: float, rate_rps: float) -> str:
     """Return the constraint that a point breaks most, or "none"."""
     asks = _asks(ms, float(batch), slo_ms, rate_rps)

@@ -3,6 +3,7 @@
 ``static_*`` write the same pictures as PNG or SVG, byte for byte the same on every run.
 """
 
+from dstack_lab.figures.choices import choices, choose, static_choices
 from dstack_lab.figures.curves import batches, knee
 from dstack_lab.figures.latencies import latency
 from dstack_lab.figures.periods import period
@@ -18,6 +19,8 @@ __all__ = [
     "COLORS",
     "CONFIG",
     "batches",
+    "choices",
+    "choose",
     "comparison",
     "cues",
     "gains",
@@ -28,6 +31,7 @@ __all__ = [
     "place",
     "plan",
     "raster",
+    "static_choices",
     "static_comparison",
     "static_knee",
     "static_timeline",

@@ -71,6 +71,12 @@ def cues(names: Iterable[str]) -> dict[str, Cue]:
     }
 
 
+def faded(color: str, alpha: float) -> str:
+    """Colour ``#rrggbb`` with an opacity, as plotly writes it."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha:.3f})"
+
+
 def label(cue: Cue, text: object) -> str:
     """Direct label: the colour and symbol as a glyph, the words in grey, for coloured words are hard to read."""
     return f'<span style="color:{cue.color}">{cue.glyph}</span> {plain(text)}'

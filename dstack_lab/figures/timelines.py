@@ -187,7 +187,7 @@ def _raster(trace: Trace, view: Window, launches: pd.DataFrame, title: str, orig
                 dy=1,
                 zmin=0,
                 zmax=most,
-                colorscale=[[part, _faded(cue.color, strength(part))] for part in _STOPS],
+                colorscale=[[part, style.faded(cue.color, strength(part))] for part in _STOPS],
                 showscale=False,
                 hovertemplate=f"<b>{style.plain(name)}</b> held %{{z:.1f}} GPU%<br>around %{{x:.2f}} ms<extra></extra>",
             )
@@ -220,11 +220,6 @@ def late_bins(mine: pd.DataFrame, view: Window, bins: int = 120) -> np.ndarray:
 def strength(part: Any) -> Any:
     """Opacity of a part of the largest share: its root, so that small shares are seen on light and dark alike."""
     return np.sqrt(np.clip(part, 0, 1))
-
-
-def _faded(color: str, alpha: float) -> str:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha:.3f})"
 
 
 def dense_words(origin: str, launches: pd.DataFrame, slice_ms: float) -> str:

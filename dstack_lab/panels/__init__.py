@@ -3,6 +3,7 @@
 The only room that imports ipywidgets.
 """
 
+from dstack_lab.panels.batch_planner import BatchPlanner
 from dstack_lab.panels.knee_explorer import KneeExplorer
 
-__all__ = ["KneeExplorer"]
+__all__ = ["BatchPlanner", "KneeExplorer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from dstack_lab.figures.style import CONFIG
@@ -39,7 +40,7 @@ def marks(figure: go.Figure) -> int:
 
 def _size(trace: Any) -> int:
     if trace.type == "heatmap":
-        return int(sum(len(row) for row in trace.z))
+        return int(np.isfinite(np.asarray(trace.z, dtype=float)).sum())
     x = trace.x if trace.x is not None else trace.y
     return sum(v is not None for v in x) if x is not None else 0
 
