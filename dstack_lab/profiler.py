@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,12 @@ from dstack_lab import zoo
 from dstack_lab.checks import count, positive, require
 from dstack_lab.devices.base import Device, Worker, WorkerDied, WorkerFailed, WorkerTimeout
 from dstack_lab.devices.cpu import Cpu
-from dstack_lab.files import whole_file
+from dstack_lab.points import FEW, Point, append_point, digest, key_of, load_points
 from dstack_lab.profiles import Profile
 from dstack_lab.provenance import Provenance, today, versions_here
 
-Point = dict[str, Any]
-
 #: Two consecutive windows whose medians differ by less are the same number.
 STABLE = 0.02
-#: Below this part of the cores given, others used them too.
-STARVED = 0.9
-#: Fewer batches than this say little about a 99th percentile.
-FEW = 10
 NO_MEMORY = "out of memory"
 #: Windows that fit into `seconds_per_point`.
 WINDOWS = 6
@@ -48,6 +45,7 @@ def measure(
     memory_mib: float | None = None,
     slo_ms: float | None = None,
     timeout_s: float = 300.0,
+    budget_s: float | None = None,
 ) -> Profile:
     """Measure the service time of one batch, by network, batch and GPU%.
 
@@ -84,14 +82,18 @@ def measure(
         For `budget`: points far slower than this matter less.
     timeout_s : float
         A worker silent for longer counts as hung.
+    budget_s : float, optional
+        No point is begun later than this after the call [s]. A mark ``time budget`` then says how many
+        points are left; with `folder`, the same call again goes on there.
 
     Returns
     -------
     Profile
         Not strict. Columns: model, batch, gpu_pct; service_ms (median) and p99_ms of one batch;
         spread (interquartile range / median); repeats; effective_cores (processor time / time);
-        mark (``""``, or of ``unstable``, ``starved``, ``few repeats``). A batch that does not
-        fit into memory has no row; the provenance names it.
+        mark (``""``, or of ``unstable``, ``starved``, ``few repeats``, ``throttled``). On a GPU also
+        effective_sms (granted), gpu_ms (median by the GPU's clock), clock_mhz (SMs), power_w. A batch
+        that does not fit into memory has no row; the provenance names it.
 
     Raises
     ------
@@ -112,22 +114,34 @@ def measure(
     limit_ms = 1e3 * positive("seconds_per_point", seconds_per_point)
     start = {"weights": weights, "seed": count("seed", seed, least=0), "memory_mib": memory_mib}
     positive("timeout_s", timeout_s)
+    end = math.inf if budget_s is None else time.monotonic() + positive("budget_s", budget_s)
     budget = None if budget is None else count("budget", budget, least=2)
     total = min(len(batches) * len(shares), budget or 10**9)
     marks = device.marks()
     path = None if folder is None else Path(folder) / "points.jsonl"
     rows: list[Point] = []
+    done = 0
     with (
         _bar(progress, total * len(names)) as bar,
         contextlib.closing(_Bench(device, start, limit_ms, timeout_s, path, bar)) as bench,
     ):
         for name in names:
             if budget is None:
-                rows += [bench.point(name, batch, share) for share in shares for batch in batches]
-            else:
+                for share, batch in [(share, batch) for share in shares for batch in batches]:
+                    if time.monotonic() < end or bench.knows(name, batch, share):
+                        rows.append(bench.point(name, batch, share))
+            elif time.monotonic() < end:
+                done += 1
                 found, doubt = _chosen(bench, name, batches, shares, budget, slo_ms)
                 rows += found
                 marks += (doubt,)
+    left = total * len(names) - len(rows) if budget is None else len(names) - done
+    if left:
+        what = f"{left} of {total * len(names)} points" if budget is None else f"{left} of {len(names)} networks"
+        again = "call again with the same folder" if path is not None else "pass folder= to be able to go on"
+        marks += (f"time budget: {what} are left after {budget_s:g} s: {again}",)
+        if not rows:
+            raise RuntimeError(f"no point could be measured: {marks[-1]}")
     return _profile(rows, device, marks)
 
 
@@ -140,21 +154,25 @@ class _Bench:
         self.worker: Worker | None = None
         self.common = {"device": device.describe(), "mechanism": device.mechanism}
         self.common["versions"] = json.dumps(versions_here("torch", "torchvision"))
-        self.known = {_key(p): p for p in _load(self.path)}
+        self.known = {key_of(p): p for p in load_points(self.path)}
 
     def point(self, model: str, batch: int, share: float) -> Point:
         """Measure one point, on a second worker if the first fails; or return it if it was measured before."""
         point = {**self.common, "model": model, "batch": batch, "gpu_pct": share}
         if self.bar is not None:
             self.bar.set_description(f"{model} at {share:g} %, batch {batch}")
-        if _key(point) not in self.known:
+        if key_of(point) not in self.known:
             point |= self._twice(model, batch, share)
-            self.known[_key(point)] = point
+            self.known[key_of(point)] = point
             if self.path is not None and point["mark"] != NO_MEMORY:  # more memory may help next time
-                _append(self.path, point)
+                append_point(self.path, point)
         if self.bar is not None:
             self.bar.update()
-        return self.known[_key(point)]
+        return self.known[key_of(point)]
+
+    def knows(self, model: str, batch: int, share: float) -> bool:
+        """Whether a point was measured before."""
+        return key_of({**self.common, "model": model, "batch": batch, "gpu_pct": share}) in self.known
 
     def _twice(self, model: str, batch: int, share: float) -> Point:
         for last in (False, True):
@@ -181,36 +199,35 @@ class _Bench:
         windows: list[Point] = []
         stable, spent_ms = False, 0.0
         while len(windows) < 2 or not (stable or spent_ms >= self.limit_ms):
-            windows.append(worker.ask(ask, self.timeout_s))
+            windows.append(self._window(worker, ask))
             spent_ms += windows[-1]["wall_ms"]
             last = [float(np.median(w["samples_ms"])) for w in windows[-2:]]
             stable = len(last) == 2 and abs(last[1] - last[0]) <= STABLE * last[1]
         used = windows[-2:] if stable else windows  # what came before was still settling
         cores = self.device.cores_for(share) if isinstance(self.device, Cpu) else None
-        return _digest(used, stable, cores)
+        granted = getattr(worker, "granted_sms", None)
+        return digest(used, stable, cores) | ({} if granted is None else {"effective_sms": granted})
+
+    def _window(self, worker: Worker, ask: Point) -> Point:
+        """Time one window; on a GPU say at what clock and power, read in its middle: an idle GPU's say nothing."""
+        look = getattr(self.device, "conditions", None)
+        if look is None:
+            return worker.ask(ask, self.timeout_s)
+        seen: list[Point] = []
+        reader = threading.Timer(ask["min_ms"] / 2e3, lambda: seen.append(look()))
+        reader.start()
+        try:
+            window = worker.ask(ask, self.timeout_s)
+        finally:
+            reader.cancel()
+            reader.join()
+        return window | (seen[-1] if seen else {})
 
     def close(self) -> None:
         """End the worker."""
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.kill()  # it holds nothing worth waiting for, and may be hung
-
-
-def _digest(windows: list[Point], stable: bool, cores: int | None) -> Point:
-    samples = np.concatenate([w["samples_ms"] for w in windows])
-    low, median, high, p99 = np.quantile(samples, [0.25, 0.5, 0.75, 0.99])
-    effective = sum(w["cpu_ms"] for w in windows) / sum(w["wall_ms"] for w in windows)
-    marks = [] if stable else ["unstable"]
-    marks += ["starved"] if cores is not None and effective < STARVED * cores else []
-    marks += ["few repeats"] if len(samples) < FEW else []
-    return {
-        "service_ms": float(median),
-        "p99_ms": float(p99),
-        "spread": float((high - low) / median),
-        "repeats": len(samples),
-        "effective_cores": effective,
-        "mark": ", ".join(marks),
-    }
 
 
 def _chosen(
@@ -232,7 +249,7 @@ def _chosen(
 def _profile(rows: list[Point], device: Device, marks: tuple[str, ...]) -> Profile:
     """Make the table, and say in the provenance what is wrong with it."""
     table = pd.DataFrame(rows).drop(columns=["device", "mechanism", "versions"])
-    for name in ("unstable", "starved", "few repeats"):
+    for name in ("unstable", "starved", "few repeats", "throttled"):
         hit = int(table["mark"].str.contains(name).sum())
         marks += (f"{name}: {hit} of {len(table)} points",) if hit else ()
     missing = table[table["mark"] == NO_MEMORY]
@@ -256,37 +273,6 @@ def _grantable(device: Device, shares: Sequence[float] | None) -> tuple[float, .
         allowed = f"one that {device.describe()} can grant: {', '.join(f'{g:g}' for g in grid)}"
         require(abs(granted - share) <= 0.05, "share", share, allowed)
     return tuple(dict.fromkeys(near.values()))
-
-
-def _key(point: Point) -> str:
-    parts = [point[name] for name in ("model", "batch", "gpu_pct", "device", "mechanism", "versions")]
-    return json.dumps(parts)
-
-
-def _load(path: Path | None) -> list[Point]:
-    """Read the points of earlier calls; a last line cut short by a crash is measured again."""
-    if path is None or not path.is_file():
-        return []
-    points = []
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            points.append(json.loads(line))
-            _key(points[-1])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {path.name}: must be a point ({error}); remove it to measure again") from error
-    if rest:
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return points
-
-
-def _append(path: Path, point: Point) -> None:
-    """Add one whole line, on the disk before the next point begins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as out:
-        out.write(json.dumps(point).encode() + b"\n")
-        os.fsync(out.fileno())
 
 
 def _bar(progress: bool, total: int) -> Any:

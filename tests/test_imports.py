@@ -16,7 +16,7 @@ PACKAGE = Path(dstack_lab.__file__).parent
 #: Floor -> rooms (a file or a folder of the package). A half floor holds helpers of the floor above it.
 FLOORS: dict[float, str] = {
     -1: "checks digests files protocol",
-    -0.5: "cells provenance",
+    -0.5: "cells points provenance",
     0: "arrivals profiles traces variability",
     0.5: "bert brackets monotone operations",
     0.7: "fusion",

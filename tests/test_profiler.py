@@ -196,7 +196,55 @@ def test_a_damaged_line_is_named(tmp_path, line):
         run(ScriptedDevice(), folder=tmp_path)
 
 
+class ScriptedGpu(ScriptedDevice):
+    """Says at what clock it computes; from the second window on the power cap holds it down."""
+
+    reads = 0
+
+    def conditions(self):
+        self.reads += 1
+        return {"clock_mhz": 1980 - 100 * self.reads, "power_w": 700.0, "throttled": ["power cap"] if self.reads > 1 else []}
+
+    def start(self, *where, **how):
+        worker = super().start(*where, **how)
+        worker.granted_sms, ask = 66, worker.ask
+
+        def slowly(message, timeout_s):
+            time.sleep(message.get("min_ms", 0) / 1000)
+            return ask(message, timeout_s) | {"gpu_ms": [1.25]}
+
+        worker.ask = slowly
+        return worker
+
+
+def test_a_row_of_a_gpu_says_sms_clock_power_and_what_throttled_it():
+    profile = run(ScriptedGpu(), batches=(1,), shares=(50,), seconds_per_point=0.1)
+    (row,) = profile.table.to_dict("records")
+    assert (row["effective_sms"], row["gpu_ms"], row["clock_mhz"], row["power_w"]) == (66, 1.25, 1830, 700)
+    assert row["mark"] == "throttled"
+    assert "throttled: 1 of 1 points" in profile.provenance.marks
+
+
 # Budget
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_time_budget_stops_between_points_and_says_what_is_left(tmp_path, monkeypatch, again):
+    clock = iter(range(1000))
+    monkeypatch.setattr("dstack_lab.profiler.time.monotonic", lambda: next(clock))
+    first = ScriptedDevice()
+    profile = run(first, folder=tmp_path, budget_s=3)
+    assert len(profile.table) == len(points(first)) == 2
+    assert "time budget: 4 of 6 points are left after 3 s: call again with the same folder" in profile.provenance.marks
+    if again:
+        whole = run(ScriptedDevice(), folder=tmp_path, budget_s=900)
+        assert len(whole.table) == 6
+        assert whole.provenance.marks == ()
+
+
+def test_a_time_budget_too_short_for_any_point():
+    with pytest.raises(RuntimeError, match="no point could be measured: time budget: 6 of 6 points are left"):
+        run(ScriptedDevice(), budget_s=1e-9)
 
 
 def test_a_budget_limits_the_points():
@@ -223,6 +271,7 @@ def test_a_budget_limits_the_points():
         ({"seconds_per_point": 0}, "seconds_per_point = 0"),
         ({"timeout_s": -1}, "timeout_s = -1"),
         ({"budget": 1}, "budget = 1"),
+        ({"budget_s": 0}, "budget_s = 0"),
         ({"seed": -1}, "seed = -1"),
     ],
 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dstack_lab.checks import count, percent, require
+from dstack_lab.devices import nvml
 from dstack_lab.devices.green_driver import GreenError, Layout, layout_of
 from dstack_lab.devices.green_ledger import Lease, SmLedger, pick
 from dstack_lab.devices.green_process import GreenWorker
@@ -214,6 +215,10 @@ class Green:
         """Name of the GPU and its SMs: ``"NVIDIA H200, 132 SMs"``."""
         layout = self.layout()
         return f"{layout.name}, {layout.sms} SMs"
+
+    def conditions(self) -> dict[str, Any]:
+        """Clock, power and throttling of the GPU now (see `nvml.conditions`)."""
+        return nvml.conditions(self.device)
 
     def marks(self) -> tuple[str, ...]:
         """Reservations about numbers recorded here and now, each as ``"kind: sentence"``."""

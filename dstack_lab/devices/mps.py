@@ -220,6 +220,10 @@ class Mps:
         """Name of the GPU and number of SMs: ``"NVIDIA H200, 132 SMs"``."""
         return f"{nvml.gpu(self.device).name}, {self.all_sms()} SMs"
 
+    def conditions(self) -> dict[str, Any]:
+        """Clock, power and throttling of the GPU now (see `nvml.conditions`)."""
+        return nvml.conditions(self.device)
+
     def marks(self) -> tuple[str, ...]:
         """Reservations about numbers recorded here and now, each as ``"kind: sentence"``."""
         gpu, found = nvml.gpu(self.device), []

@@ -186,6 +186,15 @@ def gpu(device: int, environ: Mapping[str, str] = os.environ) -> GpuFacts:
     return found[device]
 
 
+def conditions(device: int) -> dict[str, Any]:
+    """Clock [MHz] of the SMs, power [W] and what throttles a GPU now; empty where NVML cannot be used."""
+    try:
+        seen = gpu(device)
+    except (NoDriver, ValueError):
+        return {}
+    return {"clock_mhz": seen.clock_mhz, "power_w": seen.power_w, "throttled": list(seen.throttled)}
+
+
 def _read(nvml: Any, handle: Any, uuid: str, index: int) -> GpuFacts:
     from dstack_lab.gpu_specs import _per_sm  # with numpy, which a look at the package should not cost
 
