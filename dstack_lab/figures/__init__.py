@@ -13,11 +13,12 @@ from dstack_lab.figures.space import place, raster
 from dstack_lab.figures.static import static_comparison, static_knee, static_timeline
 from dstack_lab.figures.style import COLORS, CONFIG, cues, quiet_mode_bar
 from dstack_lab.figures.sweeps import gains, loads
-from dstack_lab.figures.timelines import timeline
+from dstack_lab.figures.timelines import EXACT, timeline
 
 __all__ = [
     "COLORS",
     "CONFIG",
+    "EXACT",
     "batches",
     "choices",
     "choose",

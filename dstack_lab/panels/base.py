@@ -136,7 +136,11 @@ class Panel:
 
     def _show(self) -> None:
         if self._figure is not None:
-            show(self._figure, self._now.picture)
+            self._busy, before = True, self._busy  # what is set here is not a reader's zoom
+            try:
+                show(self._figure, self._now.picture)
+            finally:
+                self._busy = before
         self._show_words()
 
     def _show_words(self) -> None:

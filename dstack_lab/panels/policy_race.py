@@ -1,0 +1,112 @@
+"""Who wins, and when? Policies under the same requests, beside the bound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+
+from dstack_lab import figures
+from dstack_lab.bounds import bound
+from dstack_lab.checks import positive
+from dstack_lab.metrics import summary
+from dstack_lab.panels.base import Look, Panel, as_profile
+from dstack_lab.panels.racing import Policies, checked, named, ran, services_at
+from dstack_lab.profiles import Profile
+from dstack_lab.services import Service
+from dstack_lab.trials import plan_for
+from dstack_lab.workloads import WORKLOADS
+
+ARRIVALS = (("Poisson", "poisson"), ("bursty (gamma, cv 3)", "gamma"))
+
+
+class PolicyRace(Panel):
+    """Policies side by side under one load.
+
+    Parameters
+    ----------
+    workload : str
+        Which of `lab.workload`'s to begin with.
+    profile : Profile, str or path
+        Or its name, as for `lab.load_profile`.
+    policies : policies or mapping of str to Policy, optional
+        Who races, one's own classes too. By default D-STACK, which turns away what would be late, and the
+        baselines as their systems do.
+    duration_ms : float
+        Of each run [ms].
+    services : iterable of Service, optional
+        One's own instead of a workload: their rates are scaled to the load.
+
+    Attributes
+    ----------
+    workload, load, arrivals, seed
+        Controls. `load` is a part of the bound; at 1 no schedule has time to spare.
+    """
+
+    def __init__(
+        self,
+        workload: str = "C-4",
+        profile: Profile | str | os.PathLike[str] = "v100-simulated",
+        policies: Policies | None = None,
+        duration_ms: float = 2000.0,
+        services: Iterable[Service] | None = None,
+    ) -> None:
+        super().__init__()
+        self.profile = as_profile(profile)
+        self.policies = named(policies)
+        self.duration_ms = positive("duration_ms", duration_ms)
+        self.services = checked(services, self.profile)
+        names = list(WORKLOADS) if self.services is None else ["own services"]
+        first = workload if self.services is None else names[0]
+        self.workload = self._choice("workload", "Workload", names, "Which networks share the GPU", first)
+        self.load = self._slider(
+            "load", "Load [part of bound]", 0.05, 1.5, 0.5, "1 is what the best schedule could serve", step=0.05, live=False
+        )
+        self.arrivals = self._choice("arrivals", "Arrivals", ARRIVALS, "How requests come")
+        self.seed = self._slider("seed", "Seed", 0, 999, 1, "Of the arrivals: every policy sees the same", live=False)
+        self._begin()
+
+    def _look(self) -> Look:
+        name, load, kind, seed = self.workload.value, self.load.value, self.arrivals.value, self.seed.value
+        services = services_at(load, self.profile, name, self.services, kind)
+        plan = plan_for(services, self.profile, "efficacy", None)
+        limit = bound(services, self.profile).total_rps
+        rows, said, failed, origin = [], [], [], str(self.profile.provenance)
+        for policy_name, policy in self.policies.items():
+            trace, words = ran(plan, policy, policy_name, self.duration_ms, seed)
+            said += [words] if words else []
+            if trace is None:
+                failed.append(policy_name)
+                rows.append(pd.DataFrame({"policy": policy_name, "service": [s.name for s in services]}))
+            else:
+                origin = f"{replace(trace.provenance, marks=())}; seed {seed}, {self.duration_ms:g} ms"
+                rows.append(summary(trace).assign(policy=policy_name))
+        columns = ["goodput_rps", "slo_attainment", "p99_ms"]
+        table = pd.concat([row.reindex(columns=["policy", "service", *columns]) for row in rows], ignore_index=True)
+        whole = table[table["service"] == "all"].set_index("policy")["goodput_rps"]
+        reached = {p: round(float(whole[p]), 1) for p in self.policies if p not in failed}
+        ranked = sorted(reached, key=lambda p: -reached[p])
+        goodput = {p: reached.get(p) for p in self.policies}
+        best = ranked[0] if ranked else None
+        facts = {
+            "workload": name,
+            "load": round(load, 3),
+            "arrivals": kind,
+            "seed": seed,
+            "bound_rps": round(limit, 1),
+            "goodput_rps": goodput,
+            "best": best,
+        }
+        if best is None:
+            words = f"At {load:g} of the bound no policy came to an end."
+        else:
+            words = f"At {load:g} of the bound, {limit:,.0f} requests/s at most could be in time. " + ", ".join(
+                f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked
+            )
+            words += f" in this run. {', '.join(failed)} did not finish." if failed else " in this run."
+        picture = figures.comparison(table, origin, limit)
+        static = partial(figures.static_comparison, table, provenance=origin, bound_rps=limit)
+        return Look(facts, words, picture, lambda out: static(path=out), "; ".join(said))
