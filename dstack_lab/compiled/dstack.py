@@ -44,6 +44,7 @@ class Rules(NamedTuple):
     opportunistic: bool
     fair: bool
     reject: bool
+    side_by_side: bool
     duration: int
     stall: int
 
@@ -121,6 +122,7 @@ def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, du
         opportunistic=bool(policy.opportunistic),
         fair=bool(policy.fair),
         reject=bool(policy.reject),
+        side_by_side=bool(policy.side_by_side),
         duration=duration_ns,
         stall=stall_ns,
     )

@@ -73,6 +73,8 @@ def _fits(rules: Rules, memory: Memory, cursor: int, began: float, running: int,
             cursor, began = 0, began + rules.period
     for a in range(n):
         start = ahead[a, 0]
+        if a > 0 and start == ahead[a - 1, 0]:
+            continue
         at = start * NS_PER_MS + 0.5
         reserved = held = 0.0
         for b in range(n):
@@ -259,11 +261,18 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
                     batch = _batch(arrival, head[i], stop[i], now, rules.batch[i], rules.most[i], slo[i], ms, i, rung)
                     end = now_ms + ms[i, rung, batch]
                     if rules.planned and upcoming < end:
-                        fits = _fits(rules, memory, cursor, began, running, i, share + taken, end)
-                        if fits == 2:
-                            how = BROKEN
-                        if fits != 1:
-                            continue
+                        clear = False
+                        if rules.side_by_side:
+                            idle = 0.0
+                            for j in range(services):
+                                idle += own[j] if until[j] == 0 and j != i else 0.0
+                            clear = idle + (share + taken) <= free
+                        if not clear:
+                            fits = _fits(rules, memory, cursor, began, running, i, share + taken, end)
+                            if fits == 2:
+                                how = BROKEN
+                            if fits != 1:
+                                continue
                     _credit(memory, rules.period, now_ms, i, share * ms[i, rung, batch])
                     plan[launches, 0], plan[launches, 1], plan[launches, 2], plan[launches, 3] = i, rung, batch, OPPORTUNISTIC
                     launches += 1
