@@ -23,6 +23,8 @@ from dstack_lab.traces import EVENTS, OUTCOMES, Trace
 SHARE_SLACK = 0.02
 #: Numbers per launch in the log; the end is the fifth, the share the sixth.
 FIELDS, END, SHARE = 7, 4, 5
+#: Rows that are added to the log at once.
+BLOCK = 1024
 
 
 class PolicyError(RuntimeError):
@@ -71,6 +73,7 @@ class Ledger:
         self.oversubscribe = oversubscribe
         self.waiting_total = sum(times.size for times in self.arrivals_ns)  # not yet launched or dropped, arrived or not
         self._log = array("d")  # service, head, batch, start, end, share, note: one row of `FIELDS` a launch
+        self._fresh: list[float] = []  # rows that `log` has yet to add: a list grows faster, an array is smaller
         self._launched = 0
         self._failed: set[int] = set()  # launches whose requests went back to the queue
         self._hidden: dict[str, tuple[array[int], int]] = {}
@@ -126,7 +129,9 @@ class Ledger:
             code = self._notes[note] = len(self._notes)
         number = self._launched
         self._launched = number + 1
-        self._log.extend((view.index, head, batch, now, end, share, code))
+        self._fresh += (view.index, head, batch, now, end, share, code)
+        if not number % BLOCK:
+            self._write()
         state._running[number] = (view, share, batch, now, predicted)
         state.free_pct -= share
         view._head = head + batch
@@ -165,10 +170,16 @@ class Ledger:
             state.startable[view.index] = view
         state.free_pct = state.free_pct + share if state._running else 100.0  # exact again whenever the GPU is empty
         if end_ns is not None:
-            self._log[number * FIELDS + END] = end_ns
+            self._write()[number * FIELDS + END] = end_ns
         if granted_pct is not None:
-            self._log[number * FIELDS + SHARE] = granted_pct
+            self._write()[number * FIELDS + SHARE] = granted_pct
         return view
+
+    def _write(self) -> array[float]:
+        """Return the whole log."""
+        self._log.fromlist(self._fresh)
+        self._fresh.clear()
+        return self._log
 
     def requeue(self, number: int) -> tuple[int, int]:
         """Undo a launch that failed: its requests wait again. Return their range in the queue, first and end.
@@ -176,8 +187,8 @@ class Ledger:
         Requests that a later launch has overtaken cannot wait again: they are dropped.
         """
         view = self.finish(number)
-        row = number * FIELDS
-        first, batch = int(self._log[row + 1]), int(self._log[row + 2])
+        log, row = self._write(), number * FIELDS
+        first, batch = int(log[row + 1]), int(log[row + 2])
         self._failed.add(number)
         if view._head == first + batch:
             view._head = first
@@ -188,7 +199,7 @@ class Ledger:
 
     def first_of(self, number: int) -> int:
         """Position of a launch's first request in its service's queue."""
-        return int(self._log[number * FIELDS + 1])
+        return int(self._write()[number * FIELDS + 1])
 
     def abandon(self, view: ServiceView) -> None:
         """Drop all requests of a hidden service, those to come too."""
@@ -213,7 +224,8 @@ class Ledger:
     def to_trace(self, duration_ms: float, policy: str, seed: int, provenance: Provenance) -> Trace:
         """Write the books as a `Trace`; launches still running count as not served."""
         plan = self.plan
-        log = np.frombuffer(self._log, dtype=float).reshape(-1, FIELDS) if self._log else np.empty((0, FIELDS))
+        rows = self._write()
+        log = np.frombuffer(rows, dtype=float).reshape(-1, FIELDS) if rows else np.empty((0, FIELDS))
         number = np.arange(len(log))
         ended = np.isin(number, [*self.state._running, *self._failed], invert=True)
         log, number = log[ended], number[ended]

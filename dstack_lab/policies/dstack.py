@@ -106,20 +106,29 @@ class DStack(Policy):
             if not service.ready and service.oldest_deadline_ms >= window.next_end_ms:
                 continue  # the next window serves it in time, with a fuller batch
             if window.gpu_pct <= state.free_pct - _sum(launches) + EPSILON_MS:
-                self._launch(service, batch, window.gpu_pct, now, "planned", launches)
+                self.scores.add(now, service.name, window.gpu_pct * service.service_ms(batch, window.gpu_pct))
+                launches.append(Launch(service.name, window.gpu_pct, batch, "planned"))
                 started.add(window.service)
             elif now < window.end_ms:  # on a real device an earlier launch may run longer than predicted
                 self.blocked.append(window)
 
     def _fill(self, state: GpuState, now: float, launches: list[Launch]) -> None:
         """Launch ready services, the least served first, where they are gone before a planned window needs their share."""
-        started = {launch.service for launch in launches}
-        ready = [s for s in state.startable.values() if s.name not in started]
+        ready, taken, reserved = [*state.startable.values()], 0.0, 0.0
+        if launches:
+            taken = _sum(launches)
+            started = {launch.service for launch in launches}
+            ready = [s for s in ready if s.name not in started]
+            if not ready:
+                return
+        if self.blocked:
+            reserved = _added([w.gpu_pct for w in self.blocked])
+        others = self.own[ready[0].name]
         if len(ready) > 1:
             received = self.scores.received
             ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.due_ms, s.index))
-        others = _added([self.own[s.name] for s in ready])
-        free = state.free_pct - _sum(launches) - _added([w.gpu_pct for w in self.blocked]) + EPSILON_MS
+            others = _added([self.own[s.name] for s in ready])
+        free = state.free_pct - taken - reserved + EPSILON_MS
         for service in ready:
             own = self.own[service.name]
             others -= own
@@ -127,16 +136,17 @@ class DStack(Policy):
                 if share > (free - others if share > own else free):
                     continue
                 batch = self._batch(service, now, share)
-                if self._fits(state, service, share, now + service.service_ms(batch, share), launches):
-                    self._launch(service, batch, share, now, "opportunistic", launches)
+                ms = service.service_ms(batch, share)
+                end = now + ms
+                if end <= self.calendar.next_ms or not self.planned or self._fits(state, service, share + taken, end):
+                    self.scores.add(now, service.name, share * ms)
+                    launches.append(Launch(service.name, share, batch, "opportunistic"))
+                    taken += share
                     free -= share
                     break
 
-    def _fits(self, state: GpuState, service: ServiceView, share: float, end: float, launches: list[Launch]) -> bool:
-        """Whether a launch that ends at `end` leaves every planned window until then its share."""
-        if not self.planned or self.calendar.next_ms >= end:
-            return True
-        share += _sum(launches)
+    def _fits(self, state: GpuState, service: ServiceView, share: float, end: float) -> bool:
+        """Whether every planned window until `end` gets its share beside `share` more."""
         if self.side_by_side:
             idle = _added([self.own[s.name] for s in state.services if not s.in_flight and s is not service])
             if idle + share <= state.free_pct:  # even if all others began now
@@ -153,10 +163,6 @@ class DStack(Policy):
             while batch > planned and service.service_ms(batch, share) > limit:
                 batch -= 1
         return batch
-
-    def _launch(self, service: ServiceView, batch: int, share: float, now: float, note: str, launches: list[Launch]) -> None:
-        self.scores.add(now, service.name, share * service.service_ms(batch, share))
-        launches.append(Launch(service.name, share, batch, note))
 
 
 def _sum(launches: list[Launch]) -> float:
