@@ -1,17 +1,18 @@
 """Simulated requests per second, beside SimPy and beside itself at other sizes.
 
-The system: services with Poisson arrivals and deterministic service times share one GPU, one batch at a
-time, earliest deadline first, loaded so that a batch holds about four requests. The SimPy version is
-written lean: arrivals are sampled arrays, a queue is a position in one, and its processes are the
-arrivals of each service and one server.
+The toy: services with Poisson arrivals and deterministic service times share one GPU, loaded so that a
+batch holds about four requests. C-4: four networks at load 0.8 on a simulated H200, with batches of tens.
+An engine works by the batch, so requests per batch stand beside every figure. The SimPy version, one
+batch at a time, earliest deadline first, is written lean: arrivals are sampled arrays, a queue is a
+position in one, and its processes are the arrivals of each service and one server.
 
-    python benchmarks/engine.py [--requests 400000] [--rounds 3]
+    python benchmarks/engine.py [--requests 400000] [--rounds 3] [--python-exponent 7]
 
 Prints the median over rounds; each round runs every contender once, in turn, so that a slow moment of
-the machine hits all of them. The compiled engine is timed at ten times as many requests, and at 10^5
-to 10^7 to see whether a request always costs the same. It is compiled before the clock starts, and
-each run follows one that is not timed: a virtual machine that hands out memory for the first time
-takes as long as the run. Needs SimPy: ``make bench`` installs it.
+the machine hits all of them. The compiled engine is timed at ten times as many requests; each of its
+runs follows one that is not timed, which compiles, and a virtual machine that hands out memory for
+the first time takes as long as the run. Runs of 10^5 to 10^7 show whether a request always costs the
+same. Needs SimPy: ``make bench`` installs it.
 """
 
 from __future__ import annotations
@@ -110,11 +111,46 @@ def rate_of(run: Callable[[], tuple[int, int]]) -> tuple[float, float]:
     return requests / (time.process_time() - start), requests / batches
 
 
-def compiled_run(policy: lab.Policy, services: int, requests: float) -> Callable[[], tuple[int, int]]:
-    """A run of so many requests on the compiled engine."""
-    load = LOAD_RPS[policy.name]
-    plan = make_plan(services, load)
-    return lambda: lab_run(plan, policy, requests / load * 1000, 1, "compiled")
+def workload_plan() -> lab.Plan:
+    """Four networks of `lab.workload` at load 0.8 on a simulated H200: batches of tens of requests."""
+    profile = lab.load_profile("h200-simulated")
+    return lab.optimize(lab.workload("C-4", profile, load=0.8), profile)
+
+
+def contender(plan: lab.Plan, policy: lab.Policy, requests: float, engine: str) -> Callable[[], tuple[int, int]]:
+    """A run of about so many requests."""
+    duration = requests / sum(s.rate_rps for s in plan.services) * 1000
+    return lambda: lab_run(plan, policy, duration, 1, engine)
+
+
+def contenders(requests: int) -> dict[str, Callable[[], tuple[int, int]]]:
+    """Runs by name, in the order of the table; the compiled ones are ten times as long."""
+    real = workload_plan()
+    runs: dict[str, Callable[[], tuple[int, int]]] = {}
+    small = make_plan(4, LOAD_RPS["Temporal"])
+    for name, plan in (("toy, 4 services", small), ("C-4", real)):
+        duration = requests / sum(s.rate_rps for s in plan.services) * 1000
+        runs[f"SimPy, Temporal, {name}"] = lambda plan=plan, duration=duration: simpy_run(plan, duration, 1)  # type: ignore[misc]
+    for engine, policy in itertools.product(("python", "compiled"), (lab.Temporal(), lab.DStack())):
+        length = requests * (10 if engine == "compiled" else 1)
+        for services in (4, 32):
+            plan = make_plan(services, LOAD_RPS[policy.name])
+            runs[f"{engine}, {policy.name}, toy, {services} services"] = contender(plan, policy, length, engine)
+        runs[f"{engine}, {policy.name}, C-4"] = contender(real, policy, length, engine)
+    return runs
+
+
+def flatness(longest: dict[str, int]) -> None:
+    """Print what a request costs in runs of 10^5 to 10^n requests, relative to the shortest; four services."""
+    for engine, policy in itertools.product(longest, (lab.Temporal(), lab.DStack())):
+        plan, costs = make_plan(4, LOAD_RPS[policy.name]), []
+        for exponent in range(5, longest[engine] + 1):
+            run = contender(plan, policy, 10**exponent, engine)
+            run()
+            rounds = range(5 if exponent == 5 else 1)  # a run of 10^5 is too short to time once
+            costs.append(statistics.median(1e9 / rate_of(run)[0] for _ in rounds))
+        cells = ", ".join(f"10^{5 + i}: {cost:.0f} ns" for i, cost in enumerate(costs))
+        print(f"cost of a request, {engine}, {policy.name}: {cells}; longest / shortest run {costs[-1] / costs[0]:.2f}")
 
 
 def bytes_per_request(plan: lab.Plan, duration_ms: float, engine: str) -> float:
@@ -129,27 +165,13 @@ def bytes_per_request(plan: lab.Plan, duration_ms: float, engine: str) -> float:
 
 
 def main() -> None:
-    """Run all contenders and print the table."""
+    """Run all contenders and print the table, then the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--python-exponent", type=int, default=6, help="longest Python run: 10 to this power; 7 takes a minute")
     options = parser.parse_args()
-    rate = LOAD_RPS["Temporal"]
-    duration = options.requests / rate * 1000
-    four = make_plan(4, rate)
-    runs: dict[str, Callable[[], tuple[int, int]]] = {
-        "SimPy, Temporal, 4 services": lambda: simpy_run(four, duration, 1),
-        "dstack_lab, Temporal, 4 services": lambda: lab_run(four, lab.Temporal(), duration, 1),
-        "dstack_lab, Temporal, 32 services": lambda: lab_run(make_plan(32, rate), lab.Temporal(), duration, 1),
-        "dstack_lab, DStack, 4 services": lambda: lab_run(make_plan(4, LOAD_RPS["DStack"]), lab.DStack(), duration, 1),
-        "dstack_lab, Temporal, 4 services, a tenth as long": lambda: lab_run(four, lab.Temporal(), duration / 10, 1),
-    }
-    for policy, services in itertools.product((lab.Temporal(), lab.DStack()), (4, 32)):
-        compiled_run(policy, services, 1000)()  # compiles, or loads what was compiled before
-        name = f"compiled, {policy.name}, {services} services"
-        runs[name] = compiled_run(policy, services, 10 * options.requests)
-    for exponent in (5, 6, 7):
-        runs[f"compiled, Temporal, 4 services, 10^{exponent} requests"] = compiled_run(lab.Temporal(), 4, 10**exponent)
+    runs = contenders(options.requests)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
@@ -157,10 +179,15 @@ def main() -> None:
                 run()
             found[name].append(rate_of(run))
     median = {name: statistics.median(r for r, _ in rows) for name, rows in found.items()}
-    base = median["SimPy, Temporal, 4 services"]
-    print(f"{'':52}{'requests/s':>12}{'x SimPy':>9}{'a batch':>9}   (median of {options.rounds}, of processor time)")
+    print(f"{'':40}{'requests/s':>12}{'x SimPy':>9}{'requests/batch':>16}   (median of {options.rounds}, of processor time)")
     for name, value in median.items():
-        print(f"{name:52}{value:12,.0f}{value / base:9.1f}{found[name][0][1]:9.2f}")
+        base = median["SimPy, Temporal, C-4" if name.endswith("C-4") else "SimPy, Temporal, toy, 4 services"]
+        print(f"{name:40}{value:12,.0f}{value / base:9.1f}{found[name][0][1]:16.2f}")
+    for engine, policy in itertools.product(("python", "compiled"), ("Temporal", "DStack")):
+        few, many = (median[f"{engine}, {policy}, toy, {n} services"] for n in (4, 32))
+        print(f"cost with 32 services / with 4, {engine}, {policy}: {few / many:.2f} (limit 3)")
+    flatness({"python": options.python_exponent, "compiled": 7})
+    four, duration = make_plan(4, LOAD_RPS["Temporal"]), options.requests / LOAD_RPS["Temporal"] * 1000
     for engine, part in (("python", duration / 8), ("compiled", duration)):
         print(f"peak memory, {engine}: {bytes_per_request(four, part, engine):.0f} bytes a request (limit 100)")
 
