@@ -66,7 +66,10 @@ class Contention:
     measured DRAM use of the other side errs by 2.5 points, bytes counted from the kernels by 2.7.
     More than two launches were not measured pair by pair; their effects are added. Turns were checked
     with the published rates of four networks under default MPS: with the batches of that log the sum is
-    11 % low, each within 20 %; proportional sharing is 2.7 times as high. Own formulation.
+    11 % low, each within 20 %; proportional sharing is 2.7 times as high. With one image a batch the sum is
+    24 % low, and the split wrong: light networks wait too long (alexnet 26.5 ms, measured 13.5), heavy ones
+    not long enough (resnet50 30, measured 40), for how many kernels a network has is not known here. So a rule
+    that learns batches from these times never begins to grow them, as it did on the GPU. Own formulation.
     """
 
     slowdown: float = 0.096

@@ -131,19 +131,23 @@ class TestBatches:
         assert saturated_batch(times, 5, 100) == 1  # nothing fits
 
     @pytest.mark.parametrize(
-        ("batch", "took", "limit", "following"),
+        ("learnt", "batch", "took", "limit", "following"),
         [
-            (13, 24.0, 25, 13),  # within 10 %
-            (3, 27.2, 25, 3),
-            (13, 40.0, 25, 9),  # 15 over, 3.08 each: 4 less
-            (1, 39.0, 25, 1),
-            (2, 40.0, 25, 1),  # 15 over, 20 each: at least one less
-            (4, 10.0, 25, 10),  # 15 left, 2.5 each: 6 more
-            (60, 10.0, 25, 64),  # never more
+            (13, 13, 24.0, 25, 13),  # within 10 %
+            (3, 3, 27.2, 25, 3),
+            (13, 13, 40.0, 25, 9),  # 15 over, 3.08 each: 4 less
+            (1, 1, 39.0, 25, 1),
+            (2, 2, 40.0, 25, 1),  # 15 over, 20 each: at least one less
+            (4, 4, 10.0, 25, 10),  # 15 left, 2.5 each: 6 more
+            (1, 1, 20.0, 25, 2),  # 5 left, 20 each: at least one more
+            (60, 60, 10.0, 25, 64),  # never more
+            (13, 2, 10.0, 25, 13),  # not full: says nothing
+            (13, 2, 40.0, 25, 12),  # not full and late all the same: 15 over, 20 each
+            (13, 2, 26.0, 25, 2),  # not full, and as late as may be
         ],
     )
-    def test_adapted(self, batch, took, limit, following):
-        assert adapted_batch(batch, took, limit) == following
+    def test_adapted(self, learnt, batch, took, limit, following):
+        assert adapted_batch(learnt, batch, took, limit) == following
 
 
 class TestUncontrolled:

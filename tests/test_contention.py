@@ -264,7 +264,7 @@ def images_per_s(trace: lab.Trace) -> pd.Series:
 
 
 def test_four_networks_under_default_mps(four_networks):
-    """The law of turns, at the batches of the log. Learning the batches too is a knife's edge: see the benchmark."""
+    """The law of turns, at the batches of the log. Learnt batches stay too small: see the benchmark."""
     rates = images_per_s(lab.simulate(four_networks, lab.Uncontrolled("plan"), 10_000, seed=1))
     assert rates.sum() == pytest.approx(691, rel=0.25)
     assert all(rates[name] == pytest.approx(seen, rel=0.25) for name, (_, seen, *_) in LOGS.items())

@@ -20,18 +20,21 @@ def saturated_batch(table: ServiceTable, slo_ms: float, gpu_pct: float, padding:
     return max(fits, default=1)
 
 
-def adapted_batch(batch: int, took_ms: float, limit_ms: float) -> int:
-    """Next batch after one of `batch` took `took_ms`: GSLICE's rule.
+def adapted_batch(learnt: int, batch: int, took_ms: float, limit_ms: float) -> int:
+    """Batch to use after one of `batch` requests took `took_ms`: GSLICE's rule.
 
-    Within 10 % of the limit it stays; below, it grows by as many requests as the headroom holds at the
-    present time per request, to 64 at most; above, it shrinks likewise, by at least one.
+    Within 10 % of the limit the size that was seen stays. Below, the batch grows by as many requests as the
+    headroom holds at the present time per request, by at least one, to 64 at most; one that was not full
+    teaches nothing. Above, what was learnt shrinks by the excess likewise, by at least one.
     """
     per_item = took_ms / batch
+    if took_ms <= limit_ms and batch < learnt:
+        return learnt
     if abs(took_ms - limit_ms) <= KEEP * limit_ms:
         return batch
     if took_ms > limit_ms:
-        return max(1, batch - max(1, int((took_ms - limit_ms) / per_item)))
-    return min(LARGEST, batch + int((limit_ms - took_ms) / per_item))
+        return max(1, learnt - max(1, int((took_ms - limit_ms) / per_item)))
+    return max(batch, min(LARGEST, batch + max(1, int((limit_ms - took_ms) / per_item))))
 
 
 def drop_lost(state: GpuState, gpu_pct: Mapping[str, float] | float) -> list[Decision]:

@@ -83,8 +83,7 @@ class Gslice(Policy):
             elif self.resize:  # what a full batch would take
                 target = min(self.batch[view.name], view.batch_max)
                 self._recommend(view.name, target, view.service_ms(target, self.share[view.name]), limit)
-            if full:
-                self.batch[view.name] = min(adapted_batch(batch, took, limit), view.batch_max)
+            self.batch[view.name] = min(adapted_batch(self.batch[view.name], batch, took, limit), view.batch_max)
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
         launches: list[Decision] = []

@@ -49,8 +49,7 @@ class Uncontrolled(Policy):
         """Launch every service that waits and has no batch in flight."""
         if self.batches == "adaptive":
             for view, batch, took in self.watch.finished(state):
-                if batch >= self.batch[view.name] or took > view.slo_ms:  # an unfilled batch says nothing of a full one
-                    self.batch[view.name] = min(adapted_batch(batch, took, view.slo_ms), view.batch_max)
+                self.batch[view.name] = min(adapted_batch(self.batch[view.name], batch, took, view.slo_ms), view.batch_max)
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
         launches: list[Decision] = []
