@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 #: Public name -> module that holds it.
 _HOMES = {
-    "arrivals": ("Deterministic", "Gamma", "Poisson", "Replay", "Steps"),
+    "arrivals": ("Deterministic", "Drift", "Gamma", "Poisson", "Replay", "Steps"),
     "variability": ("Exponential", "Lognormal"),
     "profiles": ("Profile", "load_profile"),
     "provenance": ("Provenance",),

@@ -142,6 +142,53 @@ class Steps:
         return np.asarray(np.interp(unit, expected, edge), dtype=np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Poisson arrivals whose rate moves in straight lines between given points.
+
+    Parameters
+    ----------
+    points : tuple of (at_ms, rate_rps)
+        Ascending times, the first 0, 2 or more; the last rate holds from then on. A rate may be 0, but not all of them.
+
+    Examples
+    --------
+    From 100 to 300 requests/s within a minute, then back: ``Drift(((0, 100), (60_000, 300), (120_000, 100)))``.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        table = np.asarray(self.points, dtype=float)
+        good = table.ndim == 2 and table.shape[1:] == (2,) and len(table) > 1
+        require(good, "points", self.points, "2 or more pairs of (at_ms, rate_rps)")
+        at, rate = table.T
+        require(at[0] == 0 and bool((np.diff(at) > 0).all()), "points at_ms", at.tolist(), "ascending, the first 0")
+        finite = bool(np.isfinite(table).all() and (rate >= 0).all() and rate.any())
+        require(finite, "points rate_rps", rate.tolist(), "finite, 0 or more, not all 0")
+        object.__setattr__(self, "points", tuple((float(t), float(r)) for t, r in table))
+
+    @property
+    def rate_rps(self) -> float:
+        """Highest rate at any time [requests/s]: what a plan has to be ready for."""
+        return max(rate for _, rate in self.points)
+
+    def sample(self, duration_ms: float, rng: np.random.Generator) -> Times:
+        """Return the sorted arrival times in [0, duration_ms) [ms]."""
+        positive("duration_ms", duration_ms)
+        at, rate = np.asarray(self.points).T
+        if duration_ms > at[-1]:
+            at, rate = np.append(at, duration_ms), np.append(rate, rate[-1])
+        gap, slope = np.diff(at), np.diff(rate) / np.diff(at)
+        expected = np.concatenate(([0.0], np.cumsum((rate[1:] + rate[:-1]) / 2 * gap) / 1000))
+        unit = _renewal(expected[-1], 1.0, lambda n: rng.standard_exponential(n))
+        k = np.minimum(np.searchsorted(expected, unit, side="right") - 1, len(gap) - 1)
+        area = 2000 * (unit - expected[k])  # of rate · x + slope · x² / 2 = requests since the point, in a form stable at slope 0
+        root = np.sqrt(np.maximum(rate[k] ** 2 + slope[k] * area, 0.0))
+        times = at[k] + area / np.maximum(rate[k] + root, 1e-300)
+        return np.asarray(times[times < duration_ms], dtype=np.float64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
     """Recorded arrivals, played back as they were.

@@ -24,7 +24,7 @@ class Service:
     slo_ms : float
         A request is in time if it finishes at most this long after its arrival [ms].
     arrivals : Arrivals
-        When requests come: `Poisson`, `Gamma`, `Deterministic`, `Steps`, `Replay`.
+        When requests come: `Poisson`, `Gamma`, `Deterministic`, `Steps`, `Drift`, `Replay`.
     name : str, optional
         Name in tables and figures; the model's by default. Names in one plan are distinct.
     """

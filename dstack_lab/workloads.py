@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dstack_lab.arrivals import Arrivals, Deterministic, Gamma, Poisson, Replay, Steps, Times
+from dstack_lab.arrivals import Arrivals, Deterministic, Drift, Gamma, Poisson, Replay, Steps, Times
 from dstack_lab.bounds import bound
 from dstack_lab.checks import positive, require
 from dstack_lab.profiles import Profile
@@ -135,6 +135,8 @@ def _scaled(arrivals: Arrivals, factor: float) -> Arrivals:
         return replace(arrivals, rate_rps=arrivals.rate_rps * factor)
     if isinstance(arrivals, Steps):
         return Steps(tuple((start, rate * factor) for start, rate in arrivals.steps))
+    if isinstance(arrivals, Drift):
+        return Drift(tuple((at, rate * factor) for at, rate in arrivals.points))
     if isinstance(arrivals, Replay):
         return Replay(arrivals.times_ms / factor)
     return Faster(arrivals, factor)

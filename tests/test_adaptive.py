@@ -68,6 +68,21 @@ def test_a_service_that_joins_does_not_make_others_late():
     assert ((late["finish_ms"] - late["arrival_ms"]) <= 80).all()
 
 
+def test_a_drift_is_followed_and_those_who_leave_are_forgotten():
+    """One service grows from 100 to 400/s in 10 s while the other fades out at 5 s and is gone."""
+    points = [(name, 80, lab.Poisson(150), 50.0, 8, table(4, 1.6, 80)) for name in ("grows", "leaves")]
+    made = plan(*points, shares=SHARES)
+    moves = (lab.Drift(((0, 100), (10_000, 400))), lab.Drift(((0, 150), (5000, 0))))
+    drifting = replace(made, services=tuple(replace(s, arrivals=a) for s, a in zip(made.services, moves, strict=True)))
+    policy = AdaptiveDStack()
+    followed = lab.simulate(drifting, policy, 14_000, seed=1)
+    assert len(policy.replanned_ms) >= 2
+    assert 340 < policy.rates["grows"] < 460
+    assert policy.rates["leaves"] < 20
+    assert attainment(followed, "grows", 0) > 0.98
+    assert attainment(followed, "leaves", 0) > 0.98
+
+
 def test_any_share_may_be_asked_for_and_bad_arguments_are_named():
     assert AdaptiveDStack().shares(stepping()) == {"rises": SHARES, "falls": SHARES}
     with pytest.raises(ValueError, match="memory = 1"):

@@ -13,6 +13,7 @@ PROCESSES = [
     lab.Gamma(100, cv=0.5),
     lab.Deterministic(100),
     lab.Steps(((0, 50), (500, 150))),
+    lab.Drift(((0, 50), (500, 150), (900, 0), (1000, 0), (1500, 80))),
 ]
 
 
@@ -87,3 +88,18 @@ def test_a_run_needs_a_duration():
     for process in [*PROCESSES, lab.Replay([1.0])]:
         with pytest.raises(ValueError, match="duration_ms = 0"):
             process.sample(0, np.random.default_rng(0))
+
+
+def test_a_drift_moves_the_rate_in_straight_lines():
+    """From 0 to 200/s in 100 s, back to 100/s in another, and there: means of 50, 150, 175, 125, 100 and 100 per 50 s."""
+    drift = lab.Drift(((0, 0), (100_000, 200), (200_000, 100)))
+    times = drift.sample(300_000, np.random.default_rng(0))
+    counts = np.histogram(times, np.arange(0, 300_001, 50_000))[0]
+    assert counts == pytest.approx([2500, 7500, 8750, 6250, 5000, 5000], rel=0.06)
+    assert drift.rate_rps == 200
+
+
+@pytest.mark.parametrize("points", [(), ((0, 5),), ((5, 100), (6, 1)), ((0, 0), (1, 0)), ((0, 1), (0, 2)), ((0, 1), (2, -1))])
+def test_impossible_drifts_are_refused(points):
+    with pytest.raises(ValueError, match="points"):
+        lab.Drift(points)

@@ -311,6 +311,19 @@ class TestGslice:
         assert policy.share["a"] > 50 > policy.share["b"]
         assert moving["goodput_rps"].iloc[-1] > fixed["goodput_rps"].iloc[-1]
 
+    def test_a_new_share_waits_for_its_standby(self):
+        """The same launches as without a standby until the first switch, which comes 700 ms later."""
+        times = table(1, 0.5, 100, 32)
+        points = [("a", 60, lab.Poisson(900), 50.0, 8, times), ("b", 60, lab.Poisson(100), 50.0, 8, times)]
+        made = plan(*points, shares=TENS)
+        at_once, waits = (lab.simulate(made, lab.Gslice(switch_ms=ms), 5000, seed=1).launches for ms in (0.0, 700.0))
+        first = [runs.loc[runs["gpu_pct"] != 50, "start_ms"].min() for runs in (at_once, waits)]
+        assert first[0] + 700 <= first[1] < first[0] + 900
+        decided = int((waits["start_ms"] < first[0]).sum())
+        assert waits[:decided].equals(at_once[:decided])
+        with pytest.raises(ValueError, match="switch_ms = -1"):
+            lab.Gslice(switch_ms=-1)
+
     @pytest.mark.parametrize("shares", [{"a": 60.0, "b": 60.0}, {"a": 50.0}])
     def test_slices_that_do_not_fit_are_refused(self, shares):
         with pytest.raises(lab.InfeasiblePlan, match="together at most 100"):

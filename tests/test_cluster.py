@@ -533,3 +533,24 @@ class TestSimulate:
 
 def test_provenance_of_the_toy():
     assert str(SIMULATED) in str(lab.simulate_cluster(PLACED, None, 100).traces["gpu0"].provenance)
+
+
+def test_what_no_placement_holds_is_planned_in_part_and_the_rest_dropped():
+    """Twice what two GPUs serve: refused, or a part planned; every request of the whole rate still comes."""
+    profile = lab.load_profile("v100-simulated")
+    cluster = lab.Cluster(gpus=2, profile=profile)
+    mix = lab.workload("C-2", profile, load=1)
+    asked = lab.scaled(mix, 2 / lab.cluster_bound(mix, cluster).load)
+    with pytest.raises(lab.InfeasiblePlan, match="no dstack placement"):
+        lab.place(asked, cluster)
+    placed = lab.place(asked, cluster, overload="reject")
+    assert 0 < placed.planned <= 0.5  # the bound forbids more
+    assert placed.services == asked
+    trace = lab.simulate_cluster(placed, None, 2000, seed=1)
+    came = lab.simulate_cluster(lab.place(lab.scaled(asked, 0.2), cluster), None, 2000, seed=1)
+    assert len(trace.requests) == pytest.approx(5 * len(came.requests), rel=0.1)
+    assert lab.summary(trace.merged())["dropped"].iloc[-1] > 0
+    easy = lab.scaled(asked, 0.2)
+    assert lab.place(easy, cluster, overload="reject").planned == 1
+    with pytest.raises(ValueError, match="overload = 'drop'"):
+        lab.place(easy, cluster, overload="drop")

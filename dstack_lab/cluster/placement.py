@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from dstack_lab.cluster.search import Search, sped_up
 from dstack_lab.constraints import OBJECTIVES
 from dstack_lab.services import InfeasiblePlan, Plan, Service
 
+OVERLOADS = ("refuse", "reject")
 #: Into so many equal parts is a rate cut: halves, thirds, quarters and fifths are exact.
 GRAINS = 60
 #: Schedulable at this many times the rates, so that bursts fit; the first with which a placement is found is taken.
@@ -35,7 +36,7 @@ class Replica:
     part : float
         Part of the service's requests that it is to serve; over all replicas they sum to 1.
     rate_rps : float
-        That part of the rate [requests/s].
+        That part of the rate, or of what is planned of it [requests/s].
     demand_pct : float
         GPU% of its GPU that the rate needs on average, at the cheapest feasible point.
     """
@@ -60,6 +61,8 @@ class Placement:
     plans : dict of str to Plan
         By name of the GPU; one that serves nothing has none. Its services have Poisson arrivals of their replica's rate.
     method : {"dstack", "temporal", "exclusive"}
+    planned : float
+        Part of every rate that replicas and plans are sized for; below 1 only where the rest may be rejected.
     """
 
     services: tuple[Service, ...]
@@ -67,6 +70,7 @@ class Placement:
     replicas: tuple[Replica, ...]
     plans: dict[str, Plan]
     method: str
+    planned: float = 1.0
 
     @property
     def demand_pct(self) -> dict[str, float]:
@@ -105,7 +109,9 @@ class Placement:
 
     def __repr__(self) -> str:
         busy = ", ".join(f"{gpu} {pct:.0f} %" for gpu, pct in self.demand_pct.items())
-        return f"Placement by {self.method} on {self.cluster.device} ({busy})\n{self.to_frame().round(3).to_string(index=False)}"
+        part = "" if self.planned == 1 else f" for {self.planned:.0%} of the rates"
+        head = f"Placement by {self.method}{part} on {self.cluster.device} ({busy})"
+        return f"{head}\n{self.to_frame().round(3).to_string(index=False)}"
 
 
 def place(
@@ -114,6 +120,7 @@ def place(
     method: str = "dstack",
     objective: str = "efficacy",
     max_replicas: int | None = None,
+    overload: str = "refuse",
 ) -> Placement:
     """Place services on the GPUs of a cluster, as evenly as can be.
 
@@ -138,6 +145,9 @@ def place(
         What the operating points of each GPU's plan are chosen for, as in `optimize`.
     max_replicas : int, optional
         Most GPUs that one service may be on.
+    overload : {"refuse", "reject"}
+        What to do with rates that no placement was found for. ``reject`` places the largest twentieth of all of
+        them that one was found for; all requests come all the same, and the schedulers drop what is too late.
 
     Returns
     -------
@@ -157,7 +167,20 @@ def place(
     found = checked_on(services, cluster)
     require(method in METHODS, "method", method, f"one of {METHODS}")
     require(objective in OBJECTIVES, "objective", objective, f"one of {OBJECTIVES}")
+    require(overload in OVERLOADS, "overload", overload, f"one of {OVERLOADS}")
     most = len(cluster) if max_replicas is None else count("max_replicas", max_replicas)
+    for twentieths in range(20, 1, -1) if overload == "reject" else ():
+        try:
+            placed = _whole(sped_up(found, twentieths / 20), cluster, method, objective, most)
+        except InfeasiblePlan:
+            continue
+        return replace(placed, services=found, planned=twentieths / 20)
+    part = 0.05 if overload == "reject" else 1.0
+    return replace(_whole(sped_up(found, part), cluster, method, objective, most), services=found, planned=part)
+
+
+def _whole(found: tuple[Service, ...], cluster: Cluster, method: str, objective: str, most: int) -> Placement:
+    """Place all of the rates."""
     grains = GRAINS * -(-len(cluster) // 20)
     kinds, which = cluster.kinds()
     costs = np.array([demands(found, kind, method, grains) for kind in kinds])

@@ -144,7 +144,8 @@ def simulate_cluster(
     placement : Placement
         Of `place`.
     policy : Policy, or class or function that makes one, optional
-        On every GPU; by default `DStack` for a placement by ``dstack``, else `Temporal`.
+        On every GPU; by default `DStack` for a placement by ``dstack``, else `Temporal`; both drop what is too late
+        if the placement was planned for a part of the rates.
     duration_ms : float
         Requests arrive in [0, duration_ms).
     seed : int
@@ -172,7 +173,8 @@ def simulate_cluster(
     usable = isinstance(dispatch, Dispatch) and not isinstance(dispatch, type)
     require(usable, "dispatch", dispatch, "a dispatcher such as RoundRobin()")
     if policy is None:
-        policy = DStack if placement.method == "dstack" else Temporal
+        drop = placement.planned < 1
+        policy = DStack(reject=drop) if placement.method == "dstack" else Temporal(drop_late=drop)
     sent = _sent(placement, duration_ms, seed, dispatch)
     traces = {}
     for index, gpu in enumerate(placement.cluster.names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstack_lab.checks import positive
+from dstack_lab.checks import non_negative, positive
 from dstack_lab.policies.base import Decision, GpuState, Launch, Policy, ServiceView
 from dstack_lab.policies.batching import Stopwatch, adapted_batch, drop_lost
 from dstack_lab.services import InfeasiblePlan, Plan
@@ -39,11 +39,20 @@ class Gslice(Policy):
         Part of the SLO that a batch may take; the system's is all of it, which leaves none for waiting.
     drop_late : bool
         Drop requests that can no longer meet their deadline; the system itself never does.
+    switch_ms : float
+        How long the standby of a new share takes to be ready [ms]: until then the old share serves, and nobody
+        else is resized. Seconds for a process under NVIDIA MPS, nothing for another green context.
     """
 
     def __init__(
-        self, shares: dict[str, float] | None = None, resize: bool = True, slo_part: float = 1.0, drop_late: bool = False
+        self,
+        shares: dict[str, float] | None = None,
+        resize: bool = True,
+        slo_part: float = 1.0,
+        drop_late: bool = False,
+        switch_ms: float = 0.0,
     ) -> None:
+        self.switch_ms = non_negative("switch_ms", switch_ms)
         self.start, self.resize, self.drop_late = shares, resize, drop_late
         self.slo_part = positive("slo_part", slo_part)
 
@@ -54,6 +63,7 @@ class Gslice(Policy):
         self.batch = {a.service: a.batch for a in plan.allocations}
         self.watch = Stopwatch()
         self.wish = {a.service: (0.0, 0) for a in plan.allocations}  # share recommended last, how often in a row
+        self.standby: tuple[float, str, float] | None = None  # when it is ready, whose, at which share
         self.taken = dict.fromkeys(self.share, 0)
         self.rate = {a.service: (0.0, 0, a.rate_rps / 1000) for a in plan.allocations}  # until when, requests by then, per ms
 
@@ -74,15 +84,17 @@ class Gslice(Policy):
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Learn from what ended, then launch every service whose slice is idle."""
+        if self.standby is not None and state.now_ms >= self.standby[0]:
+            self.share[self.standby[1]], self.standby = self.standby[2], None
         for view, batch, took in self.watch.finished(state):
             limit = self.slo_part * view.slo_ms
             self._count(view, state.now_ms)
             full = batch >= self.batch[view.name] or took > limit  # else it says nothing of a full batch
             if self.resize and full:
-                self._recommend(view.name, batch, took, limit)
+                self._recommend(view.name, batch, took, limit, state.now_ms)
             elif self.resize:  # what a full batch would take
                 target = min(self.batch[view.name], view.batch_max)
-                self._recommend(view.name, target, view.service_ms(target, self.share[view.name]), limit)
+                self._recommend(view.name, target, view.service_ms(target, self.share[view.name]), limit, state.now_ms)
             self.batch[view.name] = min(adapted_batch(self.batch[view.name], batch, took, limit), view.batch_max)
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
@@ -105,8 +117,10 @@ class Gslice(Policy):
         sample = max(came - before, 0) / (now - since)
         self.rate[view.name] = (now, came, rate + NEWEST * (sample - rate))
 
-    def _recommend(self, name: str, batch: int, took: float, limit: float) -> None:
+    def _recommend(self, name: str, batch: int, took: float, limit: float, now: float = 0.0) -> None:
         """Count how often the same share is recommended; apply the fifth in a row."""
+        if self.standby is not None:
+            return  # one at a time
         present = self.share[name]
         ideal = present * max(took / limit, self.rate[name][2] * took / batch)
         ideal = min((s for s in self.steps if s >= ideal - 1e-9), default=self.steps[-1])
@@ -120,7 +134,9 @@ class Gslice(Policy):
         room = 100 - sum(self.share.values()) + present
         fits = [s for s in self.steps if s <= min(ideal, room) + 1e-9]
         if fits and (fits[-1] > present) == (ideal > present):
-            self.share[name] = fits[-1]
+            self.standby = (now + self.switch_ms, name, fits[-1])
+            if not self.switch_ms:
+                self.share[name], self.standby = fits[-1], None
         self.wish = dict.fromkeys(self.wish, (0.0, 0))  # one service at a time: the others look again
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
