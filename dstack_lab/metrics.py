@@ -33,7 +33,9 @@ def summary(trace: Trace, warm_up_ms: float = 0.0) -> pd.DataFrame:
     pandas.DataFrame
         Columns ``service``, ``throughput_rps``, ``goodput_rps``, ``slo_attainment`` (0 to 1),
         ``p50_ms``, ``p99_ms`` (NaN if nothing was served), ``utilization`` (0 to 1), ``mean_batch``,
-        ``dropped`` and ``unserved`` (requests). A service's utilization is its part of the sum.
+        ``dropped`` and ``unserved`` (requests). A service's utilization is its part of the sum. Where a
+        real GPU was sampled, for all together: ``sm_utilization`` (0 to 1, of the SMs by its own count)
+        and ``energy_j`` (per served request, idle power included); NaN for a single service.
     """
     non_negative("warm_up_ms", warm_up_ms)
     require(warm_up_ms < trace.duration_ms, "warm_up_ms", warm_up_ms, f"below the duration of {trace.duration_ms:g} ms")
@@ -65,7 +67,20 @@ def summary(trace: Trace, warm_up_ms: float = 0.0) -> pd.DataFrame:
                 "unserved": int(outcome.get("unserved", 0)),
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if trace.samples.empty else table.assign(**_sampled(trace, warm_up_ms, table["service"] == ALL))
+
+
+def _sampled(trace: Trace, warm_up_ms: float, whole: pd.Series) -> dict[str, pd.Series]:
+    """Columns of `summary` that a GPU's own counters give."""
+    seen = trace.samples[trace.samples["time_ms"].between(warm_up_ms, trace.duration_ms)]
+    energy = seen[["time_ms", "energy_j"]].dropna()
+    joules = np.nan
+    if len(energy) > 1:
+        begin, end = energy["time_ms"].iloc[[0, -1]]
+        served = int(trace.requests["finish_ms"].between(begin, end, inclusive="right").sum())
+        joules = (energy["energy_j"].iloc[-1] - energy["energy_j"].iloc[0]) / served if served else np.nan
+    return {"sm_utilization": (seen["sm_util_pct"].mean() / 100 * whole).where(whole), "energy_j": (joules * whole).where(whole)}
 
 
 def utilization(trace: Trace, warm_up_ms: float = 0.0) -> pd.Series:

@@ -6,10 +6,12 @@ import contextlib
 import gc
 import select
 import time
+from dataclasses import replace
 from heapq import heappop
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dstack_lab.checks import positive, require
 from dstack_lab.devices import Cpu
@@ -17,12 +19,13 @@ from dstack_lab.devices.base import Device, WorkerDied, WorkerTimeout
 from dstack_lab.fleet import Fleet, Member
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.policies.base import Policy
+from dstack_lab.progress import progress_bar
 from dstack_lab.protocol import Message
 from dstack_lab.provenance import Provenance, today, versions_here
 from dstack_lab.services import Plan
 from dstack_lab.simulator import open_ledger
 from dstack_lab.state import NEVER_NS, NS_PER_MS, Drop, Launch
-from dstack_lab.traces import Trace
+from dstack_lab.traces import SAMPLES, Trace
 from dstack_lab.turns import RuleBroken, Turns
 
 #: A launch is hung after this many times its predicted service time, and at least `HUNG_MS`.
@@ -95,14 +98,18 @@ def run(
     drain_ms = duration_ms if drain_ms is None else positive("drain_ms", drain_ms)
     ledger = open_ledger(plan, policy, duration_ms, seed)
     with Fleet(device, plan, policy.shares(plan), seed, options) as fleet:
-        with _bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
+        with progress_bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
             fleet.wait_ready(start_timeout_s, bar.update)
         marks = device.marks()
         session = _Run(ledger, policy, fleet, device, hung_ms)
         error: RuleBroken | None = None
+        sampler = device.sampler() if hasattr(device, "sampler") else None
         gc.disable()  # a collection stops the loop for tens of milliseconds
         try:
-            with _bar(progress, round(duration_ms / 1000, 1), f"Running {policy.name}", "s") as bar:
+            with (
+                sampler or contextlib.nullcontext(),
+                progress_bar(progress, round(duration_ms / 1000, 1), policy.name, "s") as bar,
+            ):
                 session.loop(round(duration_ms * NS_PER_MS), round(drain_ms * NS_PER_MS), bar)
         except RuleBroken as broken:
             error = broken
@@ -112,6 +119,9 @@ def run(
     provenance = Provenance("measured", device.describe(), device.mechanism, versions, today(), marks)
     trace = ledger.to_trace(duration_ms, policy.name, seed, provenance)
     _annotate(trace, session.told)
+    if sampler is not None and sampler.samples:
+        samples = pd.DataFrame(sampler.samples)[list(SAMPLES)]
+        trace = replace(trace, samples=samples.assign(time_ms=samples["time_ms"] - session.start_ns / NS_PER_MS))
     trace.requests["answer"] = np.concatenate(session.answers)
     trace.requests["score"] = np.concatenate(session.scores)
     if error is not None:
@@ -275,23 +285,3 @@ def _annotate(trace: Trace, told: dict[int, Message]) -> None:
         values = [told.get(n, {}).get(column) for n in number]
         if any(value not in (None, "") for value in values):
             trace.launches[column] = [missing if value is None else value for value in values]
-
-
-def _bar(show: bool, total: float, text: str, unit: str) -> Any:
-    """Return a progress bar, or something that takes its calls."""
-    if not show:
-        return _NoBar()
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=text, unit=unit, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:g}/{total_fmt} {unit}")
-
-
-class _NoBar:
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-    def update(self, amount: float = 1) -> None:
-        """Nothing to show."""

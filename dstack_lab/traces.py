@@ -21,7 +21,11 @@ SERVICES = ("service", "model", "slo_ms", "rate_rps")
 REQUESTS = ("service", "arrival_ms", "start_ms", "finish_ms", "launch", "outcome")
 LAUNCHES = ("launch", "service", "start_ms", "end_ms", "gpu_pct", "batch", "knee_pct", "note")
 EVENTS = ("time_ms", "kind", "service", "detail")
-_TABLES = {"services": SERVICES, "requests": REQUESTS, "launches": LAUNCHES, "events": EVENTS}
+SAMPLES = (
+    *("time_ms", "power_w", "energy_j", "clock_mhz", "memory_mib", "throttled"),
+    *("sm_util_pct", "sm_occupancy_pct", "dram_util_pct"),
+)
+_TABLES = {"services": SERVICES, "requests": REQUESTS, "launches": LAUNCHES, "events": EVENTS, "samples": SAMPLES}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +52,10 @@ class Trace:
     provenance : Provenance
     events : pandas.DataFrame, optional
         Faults and other news: ``time_ms``, ``kind``, ``service``, ``detail``.
+    samples : pandas.DataFrame, optional
+        What NVML said of a real GPU during the run, a few rows a second, NaN where it said nothing:
+        ``time_ms``, ``power_w``, ``energy_j`` (ever growing), ``clock_mhz``, ``memory_mib``, ``throttled``
+        (0 or 1); of GPM, means since the row before: ``sm_util_pct``, ``sm_occupancy_pct``, ``dram_util_pct``.
     """
 
     services: pd.DataFrame
@@ -58,6 +66,7 @@ class Trace:
     seed: int
     provenance: Provenance
     events: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({c: [] for c in EVENTS}))
+    samples: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({c: np.array([], dtype=float) for c in SAMPLES}))
 
     def __post_init__(self) -> None:
         positive("duration_ms", self.duration_ms)
@@ -124,7 +133,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
                     tables[table][column] = _categories(data[key])
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         raise ValueError(f"trace {source.name}: must be a whole file written by Trace.save ({error})") from error
-    frames = {name: pd.DataFrame(columns) for name, columns in tables.items()}
+    frames = {name: pd.DataFrame(columns) for name, columns in tables.items() if columns}  # older files have no samples
     return Trace(
         duration_ms=head["duration_ms"],
         policy=head["policy"],

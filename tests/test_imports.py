@@ -15,7 +15,7 @@ PACKAGE = Path(dstack_lab.__file__).parent
 
 #: Floor -> rooms (a file or a folder of the package). A half floor holds helpers of the floor above it.
 FLOORS: dict[float, str] = {
-    -1: "checks digests files protocol",
+    -1: "checks digests files progress protocol",
     -0.5: "cells points provenance",
     0: "arrivals profiles traces variability",
     0.5: "bert brackets monotone operations",

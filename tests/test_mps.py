@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dstack_lab.cuda_backend import PRECISIONS
@@ -616,14 +617,25 @@ def test_a_real_worker_without_cuda_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_measure_and_run_need_not_know_the_device(machine):
+def test_measure_and_run_need_not_know_the_device(machine, tmp_path):
     import dstack_lab as lab
 
     with Mps() as device:
         profile = lab.measure(["alexnet"], device=device, batches=[1, 2], shares=[50, 100], seconds_per_point=0.1)
         assert (profile.provenance.device, profile.provenance.mechanism) == ("NVIDIA H200, 132 SMs", "MPS")
         plan = lab.optimize([lab.Service("alexnet", slo_ms=500, arrivals=lab.Poisson(rate_rps=50))], profile)
-        trace = lab.run(plan, lab.Temporal(), device=device, duration_ms=400, seed=1)
+        trace = lab.run(plan, lab.Temporal(), device=device, duration_ms=1000, seed=1)
+    all_of_it = lab.summary(trace).iloc[-1]
+    assert trace.samples["time_ms"].is_monotonic_increasing
+    assert trace.samples["dram_util_pct"].isna().all()  # what is not told is not 0
+    assert all_of_it["sm_utilization"] == pytest.approx(0.6)
+    seen = trace.samples[trace.samples["time_ms"].between(0, 1000)]
+    span_ms = seen["time_ms"].iloc[-1] - seen["time_ms"].iloc[0]
+    inside = trace.requests["finish_ms"].between(*seen["time_ms"].iloc[[0, -1]]).sum()
+    assert all_of_it["energy_j"] == pytest.approx(0.350 * span_ms / inside, rel=0.1)  # 350 W, all the time
+    again = lab.load_trace(trace.save(tmp_path / "run"))
+    pd.testing.assert_frame_equal(again.samples, trace.samples)
+    assert set(trace.launches["effective_sms"]) == {132}
     assert trace.provenance.mechanism == "MPS"
     assert len(trace.requests) > 5
     assert trace.requests["finish_ms"].notna().all()

@@ -22,6 +22,7 @@ from dstack_lab.devices.green_driver import GreenError, Layout, layout_of
 from dstack_lab.devices.green_ledger import Lease, SmLedger, pick
 from dstack_lab.devices.green_process import GreenWorker
 from dstack_lab.devices.green_smid import Proof, verify_disjoint
+from dstack_lab.devices.nvml_sampler import Sampler
 
 __all__ = ["Green", "GreenError", "GroupLeases", "Layout", "Lease", "Proof", "SmLedger", "pick", "verify_disjoint"]
 
@@ -215,6 +216,10 @@ class Green:
         """Name of the GPU and its SMs: ``"NVIDIA H200, 132 SMs"``."""
         layout = self.layout()
         return f"{layout.name}, {layout.sms} SMs"
+
+    def sampler(self) -> Sampler:
+        """Read power, energy and SM activity during a run."""
+        return Sampler(self.device)
 
     def conditions(self) -> dict[str, Any]:
         """Clock, power and throttling of the GPU now (see `nvml.conditions`)."""

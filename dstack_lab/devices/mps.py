@@ -14,6 +14,7 @@ from dstack_lab.checks import count, percent, require
 from dstack_lab.devices import nvml
 from dstack_lab.devices.mps_daemon import FOREIGN, MpsDaemon, MpsError, foreign_daemon
 from dstack_lab.devices.mps_worker import MpsWorker, SmLeases, clients
+from dstack_lab.devices.nvml_sampler import Sampler
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 
@@ -219,6 +220,10 @@ class Mps:
     def describe(self) -> str:
         """Name of the GPU and number of SMs: ``"NVIDIA H200, 132 SMs"``."""
         return f"{nvml.gpu(self.device).name}, {self.all_sms()} SMs"
+
+    def sampler(self) -> Sampler:
+        """Read power, energy and SM activity during a run."""
+        return Sampler(self.device)
 
     def conditions(self) -> dict[str, Any]:
         """Clock, power and throttling of the GPU now (see `nvml.conditions`)."""

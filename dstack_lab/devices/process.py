@@ -74,8 +74,7 @@ class WorkerProcess:
         backend: str = "cpu",
     ) -> None:
         require(isinstance(model, str) and bool(model), "model", model, "the name of a network")
-        self.model = model
-        self.gpu_pct = percent("gpu_pct", gpu_pct)
+        self.model, self.gpu_pct = model, percent("gpu_pct", gpu_pct)
         self.granted_sms: int | None = None  #: as its ``ready`` says; None on a CPU
         self.threads = count("threads", threads)
         self.cores = None if cores is None else tuple(cores)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 NVML_CLOCK_SM = 1
@@ -71,7 +72,33 @@ def nvmlDeviceGetHandleByIndex(index):
 
 
 def nvmlDeviceGetMemoryInfo(gpu):
-    return SimpleNamespace(total=gpu["memory"])
+    return SimpleNamespace(total=gpu["memory"], used=gpu["memory"] // 2)
+
+
+def nvmlDeviceGetTotalEnergyConsumption(gpu):
+    return int(gpu["PowerUsage"] * time.monotonic())  # mJ of a GPU that draws the same power all the time
+
+
+NVML_GPM_METRICS_GET_VERSION = 1
+
+
+def nvmlGpmSampleAlloc():
+    return SimpleNamespace(at=None)
+
+
+def nvmlGpmSampleGet(gpu, sample):
+    sample.at = time.monotonic()
+
+
+def c_nvmlGpmMetricsGet_t():
+    return SimpleNamespace(metrics=[SimpleNamespace() for _ in range(8)])
+
+
+def nvmlGpmMetricsGet(asked):
+    assert asked.sample2.at - asked.sample1.at > 0.1  # nvml.h
+    for metric in asked.metrics[: asked.numMetrics]:
+        metric.nvmlReturn = 3 if metric.metricId == 10 else 0  # DRAM: not supported
+        metric.value = {2: 60.0, 3: 25.0}.get(metric.metricId, 0.0)
 
 
 def nvmlGpmQueryDeviceSupport(gpu):

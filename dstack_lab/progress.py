@@ -1,0 +1,25 @@
+"""A progress bar, where one is wanted: tqdm is imported only then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def progress_bar(show: bool, total: float, text: str, unit: str) -> Any:
+    """Return a progress bar, or something that takes its calls."""
+    if not show:
+        return _NoBar()
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=text, unit=unit, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:g}/{total_fmt} {unit}")
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def update(self, amount: float = 1) -> None:
+        """Nothing to show."""
