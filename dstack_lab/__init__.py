@@ -40,7 +40,7 @@ _HOMES = {
     "profiler": ("measure",),
     "runner": ("run",),
 }
-_MODULES = ("devices", "figures", "gpu_specs", "kernel_model", "kernels", "panels", "policies", "zoo")
+_MODULES = ("devices", "exercises", "figures", "gpu_specs", "kernel_model", "kernels", "panels", "policies", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_HOME, *_MODULES])
