@@ -136,8 +136,8 @@ def static_anatomy(model: KernelModel, path: Target, batch: int = 1, gpu_pct: fl
             top.bar(number[mine], table["service_ms"].to_numpy()[mine], 0.9, label=words, **look)
         knees = table["knee_pct"].to_numpy(dtype=float)
         above = knees > gpu_pct
-        for name, mine, symbol, color in (("could use more", above, "^", 3), ("has enough", ~above, "o", 2)):
-            low.plot(number[mine], knees[mine], symbol, color=style.COLORS[color], markersize=4, label=name)
+        for name, mine, symbol, place in (("could use more", above, "^", 3), ("has enough", ~above, "o", 2)):
+            low.plot(number[mine], knees[mine], symbol, color=style.COLORS[place], markersize=4, label=name)
         low.axhline(gpu_pct, color=style.GREY, linestyle=":")
         low.set_xlim(0.4, len(table) + 0.6)
         low.set_ylim(0, 106)
