@@ -1,0 +1,124 @@
+"""Exercises on several GPUs: how many are needed, and what goes on which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dstack_lab.arrivals import Poisson
+from dstack_lab.checks import count, require
+from dstack_lab.cluster import Cluster, Placement, cluster_bound, place
+from dstack_lab.cluster.demand import demands, plan_gpu
+from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_number, graded, right, unanswered, wrong
+from dstack_lab.profiles import Profile
+from dstack_lab.services import InfeasiblePlan, Service
+
+#: Parts of a rate that a reader's fractions may miss in sum.
+ROUNDING = 0.011
+
+
+def check_fewest_gpus(answer: object, services: Sequence[Service], method: str, profile: Profile, most: int = 12) -> Verdict:
+    """Judge how many equal GPUs a way of placing needs.
+
+    Parameters
+    ----------
+    answer : number
+    services : sequence of Service
+    method : {"dstack", "temporal", "exclusive"}
+    profile : Profile
+    most : int
+        Largest number that is tried.
+    """
+    truth = next((n for n in range(1, count("most", most) + 1) if _placed(services, n, method, profile)), 0)
+    require(truth > 0, "most", most, "enough for the services")
+    load = cluster_bound(services, Cluster(gpus=1, profile=profile)).load
+    given = as_number(answer)
+    if given is not None and given < load:
+        return wrong(f"The services ask for {load:.2f} GPUs at least, whoever schedules them: fewer cannot do.")
+    others = {m: next((n for n in range(1, most + 1) if _placed(services, n, m, profile)), 0) for m in ("dstack", "exclusive")}
+    mistakes = [
+        Mistake(math.ceil(load), "That is the bound rounded up: it fits if nothing is lost to whole launches and deadlines."),
+        Mistake(others["exclusive"], "That is one service per GPU. Here several share one."),
+        Mistake(others["dstack"], f"That many are enough at shares side by side, but not for {method} placement."),
+    ]
+    why = f"{truth - 1} are too few for {method} placement, {truth} hold all; the bound asks for {load:.2f}."
+    hint = "Try lab.place with 1, 2, 3, ... GPUs: it raises lab.InfeasiblePlan while there are too few."
+    return graded(answer, truth, "", why, mistakes, hint, rel=1e-9)
+
+
+def check_assignment(answer: object, services: Sequence[Service], cluster: Cluster) -> Verdict:
+    """Judge a placement made by hand: every request has a GPU, and every GPU can be scheduled by D-STACK.
+
+    Every placement that works is right, whichever way it was found.
+
+    Parameters
+    ----------
+    answer : mapping of str to str, or to mapping of str to number, or Placement
+        For each service its GPU, or the part of its requests on each of several, such as
+        ``{"a": "gpu0", "b": {"gpu0": 0.5, "gpu1": 0.5}}``.
+    services : sequence of Service
+    cluster : Cluster
+    """
+    if unanswered(answer):
+        return wrong(UNANSWERED)
+    names = [s.name for s in services]
+    if isinstance(answer, Placement):
+        answer = {name: {r.gpu: r.part for r in answer.of(name)} for name in {r.service for r in answer.replicas}}
+    if not isinstance(answer, Mapping) or set(answer) != set(names):
+        return wrong(f"Give a dict with an entry for each of {', '.join(names)}.")
+    if any(unanswered(where) for where in answer.values()):
+        return wrong(UNANSWERED)
+    parts: dict[str, dict[str, float]] = {gpu: {} for gpu in cluster.names}
+    for name, where in answer.items():
+        where = {where: 1.0} if isinstance(where, str) else where
+        if not isinstance(where, Mapping) or not set(where) <= set(cluster.names):
+            return wrong(f"{name}: name one or more of {', '.join(cluster.names)}.")
+        given = {gpu: as_number(part) for gpu, part in where.items()}
+        if any(part is None or part < 0 for part in given.values()):
+            return wrong(f"{name}: the part of its requests on a GPU is a number from 0 to 1.")
+        total = sum(part for part in given.values() if part is not None)
+        if abs(total - 1) > ROUNDING:
+            return wrong(f"{name}: the parts sum to {total:.3g}. Every request needs exactly one GPU: they have to sum to 1.")
+        for gpu, part in given.items():
+            if part:
+                parts[gpu][name] = part / total
+    return _judged(parts, services, cluster)
+
+
+def _judged(parts: Mapping[str, Mapping[str, float]], services: Sequence[Service], cluster: Cluster) -> Verdict:
+    """Plan each GPU for the parts it was given."""
+    demand = {}
+    for gpu, profile in zip(cluster.names, cluster.profiles(), strict=True):
+        mine = [replace(s, arrivals=Poisson(s.rate_rps * parts[gpu][s.name])) for s in services if s.name in parts[gpu]]
+        if not mine:
+            demand[gpu] = 0.0
+            continue
+        unknown = [s.model for s in mine if s.model not in profile.models]
+        if unknown:
+            return wrong(f"{gpu} has no profile of {', '.join(unknown)}.")
+        each = demands(mine, profile, "dstack", 1)[:, 1]
+        demand[gpu] = float(each.sum())
+        if demand[gpu] > 100:
+            asks = ", ".join(
+                f"{s.name} {pct:.0f} %" if pct < 1000 else f"{s.name} too much" for s, pct in zip(mine, each, strict=True)
+            )
+            return wrong(f"{gpu} would need more than 100 GPU% even at the cheapest points: {asks}. Move or split something.")
+        try:
+            plan_gpu(mine, profile, "dstack", "efficacy")
+        except InfeasiblePlan:
+            return wrong(
+                f"{gpu} needs {demand[gpu]:.0f} GPU% on average, which fits, but no period plan holds the windows of "
+                f"{', '.join(s.name for s in mine)} with their SLOs. Relieve it, or pair services with other SLOs."
+            )
+    busiest = max(demand, key=demand.__getitem__)
+    bound = 100 * cluster_bound(services, cluster).load
+    return right(f"The busiest, {busiest}, needs {demand[busiest]:.0f} GPU%; no placement can have less than {bound:.0f}.")
+
+
+def _placed(services: Sequence[Service], gpus: int, method: str, profile: Profile) -> bool:
+    try:
+        place(services, Cluster(gpus=gpus, profile=profile), method)
+    except InfeasiblePlan:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""Exercises that ask for a policy: one that runs, one that beats another, one that is fair. Judged by results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dstack_lab.checks import positive, require
+from dstack_lab.exercises.base import Verdict, right, wrong
+from dstack_lab.exercises.referee import lost, play
+from dstack_lab.metrics import gpu_time, jain, summary
+from dstack_lab.policies import Policy, Temporal
+from dstack_lab.profiles import Profile
+from dstack_lab.services import Service
+from dstack_lab.simulator import simulate
+from dstack_lab.traces import Trace
+from dstack_lab.trials import plan_for
+
+SEEDS = (11, 12, 13, 14, 15)
+DURATION_MS = 2_000.0
+
+
+def check_policy(
+    answer: object,
+    services: Sequence[Service],
+    profile: Profile,
+    attainment: float = 0.9,
+    *,
+    seeds: Iterable[int] = SEEDS,
+    duration_ms: float = DURATION_MS,
+) -> Verdict:
+    """Judge a first policy: it keeps the rules and answers enough of every service's requests in time.
+
+    Parameters
+    ----------
+    answer : Policy
+        An object; a class that needs no arguments will do.
+    services : sequence of Service
+        Of a light load.
+    profile : Profile
+    attainment : float
+        Part of its requests that each service has to keep within SLO, over all seeds.
+    seeds, duration_ms
+        Of the runs [ms].
+    """
+    plan = plan_for(services, profile, "efficacy")
+    runs = play(answer, plan, seeds, duration_ms)
+    if isinstance(runs, Verdict):
+        return runs
+    worst, kept = lost(runs, services)
+    if kept >= attainment:
+        return right(f"It keeps the rules, and {worst}, which fares worst, keeps {kept:.1%} of its requests within SLO.")
+    return wrong(f"It keeps the rules, but {worst} keeps only {kept:.1%} of its requests within SLO. {_why(runs, worst)}")
+
+
+def check_beats(
+    answer: object,
+    services: Sequence[Service],
+    profile: Profile,
+    ratio: float = 1.1,
+    rival: Policy | None = None,
+    *,
+    seeds: Iterable[int] = SEEDS,
+    duration_ms: float = DURATION_MS,
+) -> Verdict:
+    """Judge whether a policy answers `ratio` times as many requests in time as a rival, all seeds together.
+
+    Parameters
+    ----------
+    answer : Policy
+    services : sequence of Service
+    profile : Profile
+    ratio : float
+        Of the goodputs.
+    rival : Policy, optional
+        ``Temporal(drop_late=True)`` by default.
+    seeds, duration_ms
+        Of the runs [ms].
+    """
+    positive("ratio", ratio)
+    rival, seeds = Temporal(drop_late=True) if rival is None else rival, tuple(seeds)
+    plan = plan_for(services, profile, "efficacy")
+    runs = play(answer, plan, seeds, duration_ms)
+    if isinstance(runs, Verdict):
+        return runs
+    theirs = [goodput_rps(simulate(plan, rival, duration_ms, seed)) for seed in seeds]
+    require(sum(theirs) > 0, "rival", rival.name, "a policy that answers something in time")
+    mine = [goodput_rps(run) for run in runs]
+    reached = sum(mine) / sum(theirs)
+    if reached >= ratio:
+        least = min(a / b for a, b in zip(mine, theirs, strict=True) if b > 0)
+        return right(
+            f"{reached:.2f} times {rival.name}'s goodput over {len(seeds)} seeds; {least:.2f} times in the worst of them."
+        )
+    worst, kept = lost(runs, services)
+    return wrong(
+        f"{reached:.2f} times {rival.name}'s goodput, and {ratio:g} are asked for. "
+        f"{worst} fares worst: {kept:.1%} within SLO. {_why(runs, worst)}"
+    )
+
+
+def check_fair(
+    answer: object,
+    services: Sequence[Service],
+    profile: Profile,
+    fairness: float = 0.95,
+    rival: Policy | None = None,
+    part: float = 0.7,
+    *,
+    seeds: Iterable[int] = SEEDS,
+    duration_ms: float = DURATION_MS,
+) -> Verdict:
+    """Judge whether a policy shares GPU time fairly and still answers enough: fair by doing nothing does not count.
+
+    Parameters
+    ----------
+    answer : Policy
+    services : sequence of Service
+        Of an overload: where everybody can have enough, fairness is easy.
+    profile : Profile
+    fairness : float
+        Jain's index of GPU%·ms over services that has to be reached on every seed.
+    rival : Policy, optional
+        ``Temporal(drop_late=True)`` by default.
+    part : float
+        Of the rival's goodput that has to be reached, over all seeds.
+    seeds, duration_ms
+        Of the runs [ms].
+    """
+    rival, seeds = Temporal(drop_late=True) if rival is None else rival, tuple(seeds)
+    plan = plan_for(services, profile, "efficacy")
+    runs = play(answer, plan, seeds, duration_ms)
+    if isinstance(runs, Verdict):
+        return runs
+    indices = [jain(gpu_time(run).reindex([s.name for s in services], fill_value=0.0)) for run in runs]
+    if min(indices) < fairness:
+        time = gpu_time(runs[indices.index(min(indices))])
+        least = str(time.reindex([s.name for s in services], fill_value=0.0).idxmin())
+        return wrong(
+            f"Jain's index of GPU time falls to {min(indices):.3f}; {fairness:g} is asked for. {least} received least: "
+            "let whoever received least GPU%·ms so far go first, and let nobody pass it for long."
+        )
+    reached = sum(map(goodput_rps, runs)) / sum(goodput_rps(simulate(plan, rival, duration_ms, seed)) for seed in seeds)
+    if reached < part:
+        worst, _ = lost(runs, services)
+        return wrong(
+            f"It is fair (Jain's index {min(indices):.3f}), but its goodput is only {reached:.2f} times {rival.name}'s; "
+            f"{part:g} times is asked for. {_why(runs, worst)}"
+        )
+    return right(f"Jain's index is {min(indices):.3f} or more on every seed, at {reached:.2f} times {rival.name}'s goodput.")
+
+
+def goodput_rps(run: Trace) -> float:
+    """Requests that were answered in time, of all services [requests/s]."""
+    return float(summary(run)["goodput_rps"].to_numpy()[-1])
+
+
+def _why(runs: Sequence[Trace], worst: str) -> str:
+    """What the traces say about the service that fares worst."""
+    ends = [run.requests[run.requests["service"] == worst]["outcome"].value_counts() for run in runs]
+    total = sum(int(counts.sum()) for counts in ends)
+    dropped = sum(int(counts.get("dropped", 0)) for counts in ends) / total
+    unserved = sum(int(counts.get("unserved", 0)) for counts in ends) / total
+    if unserved > 0.2:
+        return f"{unserved:.0%} of its requests are never launched: does every service get its turn?"
+    if dropped > 0.5:
+        return f"{dropped:.0%} of its requests are dropped: drop only what can no longer be in time."
+    utilization = sum(float(summary(run)["utilization"].to_numpy()[-1]) for run in runs) / len(runs)
+    if utilization < 0.6:
+        return f"The GPU is used to {utilization:.0%}: what is free could run another batch."
+    return "Who waits while whom is served? Look at the timeline, and drop what can no longer be in time."
