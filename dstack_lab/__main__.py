@@ -21,11 +21,16 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path(), help="folder that gets data/runs/ and figures/")
 
     measure = verbs.add_parser("measure", help="measure service times on this machine's cores and save a profile")
-    measure.add_argument("models", nargs="+", help=f"networks, such as {', '.join(lab.zoo.names()[:3])}")
+    measure.add_argument("models", nargs="*", help=f"networks, such as {', '.join(lab.zoo.names()[:3])}")
     measure.add_argument("--batches", type=_numbers(int), default=(1, 2, 4, 8), help="such as 1,2,4,8")
     measure.add_argument("--shares", type=_numbers(float), default=None, help="GPU%% such as 50,100; all that the device grants")
     measure.add_argument("--budget", type=int, default=None, help="most points per network")
-    measure.add_argument("--out", type=Path, default=Path("data/runs/measured.csv"), help="profile to write")
+    measure.add_argument("--out", type=Path, help="profile to write (data/runs/measured.csv); of --agenda the folder")
+    measure.add_argument("--agenda", metavar="ITEM", help="an item of data/README.md on a GPU: probe, knee; or status")
+    measure.add_argument("--device", default="gpu", help="of --agenda: gpu (MPS and green contexts), mps, green or cpu")
+    measure.add_argument("--quick", action="store_true", help="of --agenda: small grids, to try the whole path")
+    measure.add_argument("--minutes", type=float, default=9, help="of --agenda: time of this call")
+    measure.add_argument("--resume", type=Path, help="of --agenda: folder of an earlier call to go on from")
 
     run = verbs.add_parser("run", help="run a policy on real workers and save the trace")
     run.add_argument("services", nargs="+", help="model:slo_ms:rate_rps, such as resnet18:200:5")
@@ -60,10 +65,21 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    if options.agenda is not None:
+        from dstack_lab import agenda
+
+        out = options.out or Path("data/recorded")
+        if options.agenda == "status":
+            print(agenda.status(out))
+        else:
+            agenda.perform(options.agenda, out, options.device, options.quick, options.minutes, options.resume)
+        return
+    if not options.models:
+        raise ValueError("models = []: must be 1 or more networks, or name an item with --agenda")
     profile = lab.measure(options.models, batches=options.batches, shares=options.shares, budget=options.budget)
     print(profile.table.round(3).to_string(index=False))
     print(profile.provenance)
-    print(f"saved {profile.save(options.out)}")
+    print(f"saved {profile.save(options.out or Path('data/runs/measured.csv'))}")
 
 
 def _run(options: argparse.Namespace) -> None:

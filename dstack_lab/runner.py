@@ -22,6 +22,7 @@ from dstack_lab.policies.base import Policy
 from dstack_lab.progress import progress_bar
 from dstack_lab.protocol import Message
 from dstack_lab.provenance import Provenance, today, versions_here
+from dstack_lab.recipes import recipe_of
 from dstack_lab.services import Plan
 from dstack_lab.simulator import open_ledger
 from dstack_lab.state import NEVER_NS, NS_PER_MS, Drop, Launch
@@ -96,6 +97,7 @@ def run(
     device = Cpu() if device is None else device
     require(isinstance(device, Device), "device", device, "a device such as devices.Cpu()")
     drain_ms = duration_ms if drain_ms is None else positive("drain_ms", drain_ms)
+    recipe = recipe_of(plan, policy)
     ledger = open_ledger(plan, policy, duration_ms, seed)
     with Fleet(device, plan, policy.shares(plan), seed, options) as fleet:
         with progress_bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
@@ -117,7 +119,7 @@ def run(
             gc.enable()
     versions = versions_here("dstack-lab", "torch", "numpy")
     provenance = Provenance("measured", device.describe(), device.mechanism, versions, today(), marks)
-    trace = ledger.to_trace(duration_ms, policy.name, seed, provenance)
+    trace = replace(ledger.to_trace(duration_ms, policy.name, seed, provenance), recipe=recipe)
     _annotate(trace, session.told)
     if sampler is not None and sampler.samples:
         samples = pd.DataFrame(sampler.samples)[list(SAMPLES)]

@@ -56,6 +56,8 @@ class Trace:
         What NVML said of a real GPU during the run, a few rows a second, NaN where it said nothing:
         ``time_ms``, ``power_w``, ``energy_j`` (ever growing), ``clock_mhz``, ``memory_mib``, ``throttled``
         (0 or 1); of GPM, means since the row before: ``sm_util_pct``, ``sm_occupancy_pct``, ``dram_util_pct``.
+    recipe : dict, optional
+        Plan and policy of a run on hardware (see `recipes`), so that `validate` can simulate the same.
     """
 
     services: pd.DataFrame
@@ -67,6 +69,7 @@ class Trace:
     provenance: Provenance
     events: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({c: [] for c in EVENTS}))
     samples: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({c: np.array([], dtype=float) for c in SAMPLES}))
+    recipe: Any = None
 
     def __post_init__(self) -> None:
         positive("duration_ms", self.duration_ms)
@@ -85,7 +88,11 @@ class Trace:
             "seed": self.seed,
             "provenance": self.provenance.to_dict(),
         }
+        if self.recipe is not None:
+            head["recipe"] = {key: value for key, value in self.recipe.items() if key != "tables"}
         arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}
+        for i, table in enumerate((self.recipe or {}).get("tables", ())):
+            arrays[f"recipe.{i}"] = table
         for name in _TABLES:
             for column, values in getattr(self, name).items():
                 arrays[f"{name}.{column}"] = _plain(values)
@@ -127,8 +134,9 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             head = json.loads(str(data["head"]))
             require(head.get("format") == "dstack_lab trace 1", "format", head.get("format"), "'dstack_lab trace 1'")
             tables: dict[str, dict[str, Any]] = {name: {} for name in _TABLES}
+            times = [data[f"recipe.{i}"] for i in range(sum(key.startswith("recipe.") for key in data.files))]
             for key in data.files:
-                if key != "head":
+                if key != "head" and not key.startswith("recipe."):
                     table, column = key.split(".", 1)
                     tables[table][column] = _categories(data[key])
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
@@ -139,6 +147,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
         policy=head["policy"],
         seed=head["seed"],
         provenance=Provenance.from_dict(head["provenance"]),
+        recipe={**head["recipe"], "tables": times} if "recipe" in head else None,
         **frames,
     )
 

@@ -16,6 +16,7 @@ from dstack_lab.metrics import summary
 from dstack_lab.optimizer import optimize
 from dstack_lab.policies.base import Policy
 from dstack_lab.profiles import Profile
+from dstack_lab.recipes import plan_of, policy_of
 from dstack_lab.services import Plan, Service
 from dstack_lab.simulator import simulate
 from dstack_lab.traces import Trace
@@ -28,7 +29,7 @@ ABSOLUTE = ("slo_attainment", "utilization")
 
 def validate(
     trace: Trace,
-    profile: Profile,
+    profile: Profile | None = None,
     policy: Policy | None = None,
     plan: Plan | None = None,
     variability: Variability | None = None,
@@ -40,14 +41,16 @@ def validate(
     ----------
     trace : Trace
         Of `run`, or of `simulate`.
-    profile : Profile
-        Service times to simulate with: those measured on the machine of the run.
+    profile : Profile, optional
+        Service times to simulate with: those measured on the machine of the run. By default those that the
+        run was planned with, which a trace of `run` carries.
     policy : Policy, optional
-        The run's, with its parameters. By default the policy of that name with its default parameters: a
-        trace knows no more than the name.
+        The run's, with its parameters. By default the one that a trace of `run` carries, else the policy of
+        that name with its default parameters.
     plan : Plan, optional
         The run's: its shares, batches and planned rates are kept, its service times come from `profile`. By
-        default the plan that `optimize` makes from `profile` for the services and rates of the run.
+        default the one that a trace of `run` carries, else the plan that `optimize` makes from `profile` for
+        the services and rates of the run.
     variability : Variability, optional
         How service times scatter; see `simulate`.
     contention : Contention, optional
@@ -70,6 +73,11 @@ def validate(
         If no plan fits the run's rates; pass the run's own.
     """
     require(isinstance(trace, Trace), "trace", type(trace).__name__, "a Trace")
+    recipe = trace.recipe
+    allowed = "a profile of the run's machine: this trace carries no plan (those of lab.run do)"
+    require(profile is not None or recipe is not None, "profile", profile, allowed)
+    if policy is None and recipe is not None:
+        policy = policy_of(recipe)
     if policy is None:
         kind = getattr(policies, trace.policy, None)
         known = isinstance(kind, type) and issubclass(kind, Policy)
@@ -88,18 +96,22 @@ def validate(
     return table
 
 
-def _replayed(trace: Trace, profile: Profile, plan: Plan | None) -> Plan:
+def _replayed(trace: Trace, profile: Profile | None, plan: Plan | None) -> Plan:
     """Return the plan of the run with its very requests."""
     asked = [
         Service(str(model), float(slo), Poisson(float(rate)), str(name))
         for name, model, slo, rate in trace.services[["service", "model", "slo_ms", "rate_rps"]].itertuples(index=False)
     ]
+    if plan is None and trace.recipe is not None:
+        plan = plan_of(trace.recipe, asked)
     if plan is None:
+        assert profile is not None  # without a recipe it was asked for
         plan = optimize(asked, profile, overload="reject")
     else:
         names, planned = [s.name for s in asked], [s.name for s in plan.services]
         require(names == planned, "plan.services", planned, f"those of the trace, in their order: {names}")
-        for service in asked:
+        for service in asked if profile is not None else ():
+            assert profile is not None
             require(service.model in profile.models, f"model of {service.name}", service.model, f"one of {profile.models}")
     times = dict(list(trace.requests.groupby("service", observed=False)["arrival_ms"]))
     # a request in the last nanosecond was rounded up to the end, where the simulator would not take it
@@ -109,6 +121,8 @@ def _replayed(trace: Trace, profile: Profile, plan: Plan | None) -> Plan:
         replace(s, arrivals=Replay(np.minimum(np.sort(times[s.name]), last)) if len(times.get(s.name, ())) else silent)
         for s in asked
     )
+    if profile is None:
+        return replace(plan, services=services)
     tables = service_tables(asked, profile)
     for allocation, table in zip(plan.allocations, tables, strict=True):
         most = f"at most {table.batch_max}, the largest in the profile"

@@ -25,12 +25,13 @@ FLOORS: dict[float, str] = {
     2: "gpu_model kernel_model metrics",
     2.5: "bounds",
     3: "active ledger optimizer policies workloads",
-    3.5: "admission compiled turns",
+    3.5: "admission compiled recipes turns",
     4: "devices simulator",
     4.5: "cuda_backend fleet trials",
     5: "capacity cluster experiments validation worker",
     5.5: "ablation",
     6: "profiler runner",
+    6.5: "agenda",
     7: "figures",
     8: "exercises panels",
     9: "__init__",
@@ -144,7 +145,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
-for room in "worker profiler runner devices policies active simulator optimizer metrics".split():
+for room in "worker profiler runner devices policies active simulator optimizer metrics agenda".split():
     module = importlib.import_module(f"dstack_lab.{{room}}")
     for inner in pkgutil.iter_modules(getattr(module, "__path__", [])):
         importlib.import_module(f"dstack_lab.{{room}}.{{inner.name}}")

@@ -10,6 +10,8 @@ import pytest
 from builders import profile
 
 import dstack_lab as lab
+from dstack_lab.digests import digest
+from dstack_lab.recipes import plan_of, policy_of, recipe_of
 
 TOY = profile(small=(1.0, 0.5, 40.0), large=(2.0, 1.0, 80.0))
 SERVICES = (lab.Service("small", 25, lab.Gamma(300, 2), "s"), lab.Service("large", 50, lab.Poisson(100)))
@@ -113,3 +115,74 @@ def test_bad_input(plan):
     short = lab.Profile(TOY.table[TOY.table["batch"] == 1], TOY.provenance)
     with pytest.raises(ValueError, match=r"batch of \w+ = \d+: must be at most 1, the largest in the profile"):
         lab.validate(trace, short, Mine(), plan)
+
+
+# What a trace carries
+
+
+def carried(plan, policy, **options):
+    """A trace as `run` makes it, but simulated: its own oracle."""
+    recipe = recipe_of(plan, policy)
+    return replace(lab.simulate(plan, policy, 1500, seed=5, **options), recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [lab.DStack(patience=0.0), lab.DStack(fair=False), lab.Temporal(drop_late=True), lab.Gslice(), lab.Triton(max_batch=2)],
+    ids=lambda p: p.name,
+)
+def test_a_trace_alone_is_enough(plan, policy, tmp_path):
+    wide = replace(plan, allocations=tuple(replace(a, batch=2) for a in plan.allocations))
+    trace = lab.load_trace(carried(wide, policy).save(tmp_path / "run"))
+    assert (lab.validate(trace)[ERRORS] == 0).all(axis=None)
+
+
+def test_with_another_profile_the_run_own_plan_and_policy_stay(plan):
+    trace = carried(plan, lab.DStack(patience=0))
+    same = lab.validate(trace, TOY)
+    assert (same[ERRORS] == 0).all(axis=None)
+    assert (lab.validate(trace, slower(1.25))["p99_ms_error"] > 0).all()
+
+
+KINDS = [lab.AdaptiveDStack(memory=5, patience=0.5), lab.Clipper(mode="aimd", seed=3), lab.Nexus(epoch_ms=5000.0)]
+KINDS += [lab.Gslice(), lab.Gpulet(drop_late=True), lab.MaxThroughput(), lab.MaxMin(True), lab.Uncontrolled("plan"), lab.Triton()]
+
+
+@pytest.mark.parametrize("policy", KINDS, ids=lambda p: p.name)
+def test_policies_come_back_with_their_parameters(plan, policy):
+    again = policy_of(recipe_of(plan, policy))
+    assert digest(again) == digest(policy)
+
+
+def test_what_plain_values_cannot_tell_must_be_passed(plan):
+    trace = carried(plan, Mine())
+    assert trace.recipe["policy"] is None
+    with pytest.raises(ValueError, match=r"trace.policy = 'Mine': .* pass policy="):
+        lab.validate(trace)
+    assert (lab.validate(trace, policy=Mine())[ERRORS] == 0).all(axis=None)
+    with pytest.raises(ValueError, match="profile = None: must be a profile of the run's machine: this trace carries no plan"):
+        lab.validate(lab.simulate(plan, lab.Temporal(), 500))
+
+
+@pytest.mark.slow
+def test_a_real_run_is_validated_from_its_file(tmp_path):
+    """Bookkeeping is exact: the same requests, the same plan; how well times agree is printed, never asserted."""
+    shares = lab.devices.Cpu().shares()
+    rows = [
+        {"model": "squeezenet1_1", "batch": b, "gpu_pct": g, "service_ms": 20.0 * b * shares[-1] / g}
+        for b in (1, 2)
+        for g in shares
+    ]
+    profile = lab.Profile(pd.DataFrame(rows), lab.Provenance("measured", "this machine", "core sets"))
+    made = lab.optimize([lab.Service("squeezenet1_1", 2000, lab.Poisson(6))], profile, "capacity")
+    run = lab.run(made, lab.DStack(patience=0.1), lab.devices.Cpu(), 2000, seed=3, drain_ms=30_000)
+    trace = lab.load_trace(run.save(tmp_path / "run"))
+    assert policy_of(trace.recipe).patience == 0.1
+    table = lab.validate(trace)
+    print(table.to_string(index=False))
+    assert [p.kind for p in table.attrs["provenance"]] == ["measured", "simulated"]
+    assert table["goodput_rps"].tolist() == lab.summary(run)["goodput_rps"].tolist()
+    assert (table["slo_attainment_simulated"].between(0, 1)).all()
+    again = plan_of(trace.recipe, made.services)
+    assert again.allocations == made.allocations
+    assert all(np.array_equal(a.ms, b.ms) for a, b in zip(again.tables, made.tables, strict=True))

@@ -26,6 +26,8 @@ from dstack_lab.devices.nvml_sampler import Sampler
 
 __all__ = ["Green", "GreenError", "GroupLeases", "Layout", "Lease", "Proof", "SmLedger", "pick", "verify_disjoint"]
 
+PRECISIONS = ("fp16", "bf16", "fp32")
+
 #: A share this close to a grantable one is that one.
 ROUNDING_PCT = 0.05
 
@@ -88,6 +90,10 @@ class Green:
     places : int
         Places on the GPU for which each share's CUDA graphs are prepared, spread evenly. In any
         other place a batch runs eagerly; its answer says so (``path``), and a run's trace too.
+    precision : {"fp16", "bf16", "fp32"}
+        Of weights and of inputs that are not whole numbers.
+    channels_last : bool
+        Memory format of images and convolutions.
 
     Notes
     -----
@@ -99,6 +105,8 @@ class Green:
     device: int = 0
     fine: bool = False
     places: int = 2
+    precision: str = "fp16"
+    channels_last: bool = True
 
     name: ClassVar[str] = "green"
     mechanism: ClassVar[str] = "green contexts"
@@ -106,6 +114,8 @@ class Green:
     def __post_init__(self) -> None:
         count("device", self.device, least=0)
         count("places", self.places)
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(isinstance(self.channels_last, bool), "channels_last", self.channels_last, "True or False")
         require(isinstance(self.fine, bool), "fine", self.fine, "True or False")
 
     def layout(self) -> Layout:
@@ -206,6 +216,8 @@ class Green:
             batches=batches,
             weights=weights,
             seed=seed,
+            precision=self.precision,
+            channels_last=self.channels_last,
         )
 
     def leases(self) -> GroupLeases:

@@ -13,7 +13,9 @@ from dstack_lab.devices.green_ledger import SmLedger
 from dstack_lab.protocol import Message
 
 #: Networks of this process: tenants of one network share its parameters.
-_networks: dict[tuple[str, str | None, int, int], Any] = {}
+_networks: dict[tuple[str, str | None, int, int, str, bool], Any] = {}
+
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 class GreenBackend:
@@ -22,7 +24,8 @@ class GreenBackend:
     Parameters
     ----------
     options : argparse.Namespace
-        ``device``, ``fine``, ``model``, ``weights``, ``seed``, ``pool``, ``batches``, and ``homes``:
+        ``device``, ``fine``, ``model``, ``weights``, ``seed``, ``pool``, ``batches``, ``precision``,
+        ``channels_last``, and ``homes``:
         the groups to prepare graphs for, those it has without being told otherwise first.
     """
 
@@ -51,15 +54,22 @@ class GreenBackend:
         self.torch, self.ledger, self.graphs = torch, SmLedger.of(options.device, options.fine), GraphPool(torch)
         self.place = f"{self.kind}:{options.device}"
         torch.cuda.set_device(options.device)  # of this thread
-        key = (options.model, options.weights, options.seed, options.pool)
+        key = (options.model, options.weights, options.seed, options.pool, options.precision, options.channels_last)
         if key not in _networks:
             network = zoo.load(options.model, weights=options.weights, device=self.place, seed=options.seed)
-            _networks[key] = network.module, tuple(network.example(options.pool))
-        self.module, self.pool = _networks[key]
+            dtype = getattr(torch, PRECISIONS[options.precision])
+            form: dict[str, Any] = {"memory_format": torch.channels_last} if options.channels_last else {}
+            rows = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in network.example(options.pool)]
+            images = [options.channels_last and tensor.dim() == 4 for tensor in rows]
+            # Stored by pixel, so that rows are gathered whole and the network still sees channels_last.
+            stored = [(r.permute(0, 2, 3, 1) if image else r).contiguous() for r, image in zip(rows, images, strict=True)]
+            _networks[key] = network.module.to(dtype=dtype, **form), stored, images
+        self.module, self.pool, self.images = _networks[key]
         torch.cuda.synchronize(options.device)  # loaded on another stream
         for home in self.homes:
             for batch in options.batches:
-                inputs = [tensor[:batch] for tensor in self.pool]
+                with torch.inference_mode():
+                    inputs = self._gather(torch.arange(batch, device=self.place) % options.pool)
                 self.graphs.capture((options.model, batch, home), self._digest, inputs, self.ledger.stream(home))
         granted = self.ledger.context(self.groups).sms
         return {"groups": self.ledger.groups, "granted_sms": granted, "sms": self.ledger.sms, "graphs": len(self.graphs)}
@@ -99,12 +109,17 @@ class GreenBackend:
         stream = self.ledger.stream(self.groups)
         with self.hold(), torch.inference_mode(), torch.cuda.stream(stream):
             rows = (torch.tensor(inputs) % options.pool).to(self.place, non_blocking=True)
-            batch = [tensor.index_select(0, rows) for tensor in self.pool]
+            batch = self._gather(rows)
             captured = self.graphs.get((options.model, len(inputs), self.groups))
             self.used_graph = captured is not None
             digest = captured.replay(batch) if captured else self._digest(*batch)
             classes, scores = digest.cpu().tolist()  # waits for this stream only
         return [[int(c), s] for c, s in zip(classes, scores, strict=True)]
+
+    def _gather(self, rows: Any) -> list[Any]:
+        """Inputs of these numbers, as the network wants them."""
+        found = [tensor.index_select(0, rows) for tensor in self.pool]
+        return [tensor.permute(0, 3, 1, 2) if image else tensor for tensor, image in zip(found, self.images, strict=True)]
 
     def _digest(self, *inputs: Any) -> Any:
         """Run the network and return a row of classes and one of scores."""

@@ -149,6 +149,8 @@ class GreenWorker(WorkerProcess):
         SMs of all groups, as the parent knows them.
     batches, weights, seed, pool
         As of `WorkerProcess`.
+    precision, channels_last
+        As of `green.Green`.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class GreenWorker(WorkerProcess):
         weights: str | None = None,
         seed: int = 0,
         pool: int = 64,
+        precision: str = "fp16",
+        channels_last: bool = True,
     ) -> None:
         require(isinstance(model, str) and bool(model), "model", model, "the name of a network")
         self.model, self.gpu_pct = model, percent("gpu_pct", gpu_pct)
@@ -172,6 +176,7 @@ class GreenWorker(WorkerProcess):
         self.units, self.homes, self.groups, self.layout = units, tuple(homes), homes[0], groups
         batches = [count("batch", b) for b in batches]
         message: Message = {"model": model, "weights": weights, "seed": count("seed", seed, least=0), "batches": batches}
+        message |= {"precision": precision, "channels_last": channels_last}
         message |= {"homes": self.homes, "pool": max([count("pool", pool), *batches])}
         self.host = Host.of(device, fine)
         self._channel = self.host.admit(message)

@@ -3,6 +3,7 @@
 ``static_*`` write the same pictures as PNG or SVG, byte for byte the same on every run.
 """
 
+from dstack_lab.figures.anatomies import anatomy, static_anatomy
 from dstack_lab.figures.choices import choices, choose, static_choices
 from dstack_lab.figures.curves import batches, knee
 from dstack_lab.figures.latencies import latency
@@ -19,6 +20,7 @@ __all__ = [
     "COLORS",
     "CONFIG",
     "EXACT",
+    "anatomy",
     "batches",
     "choices",
     "choose",
@@ -32,6 +34,7 @@ __all__ = [
     "place",
     "plan",
     "raster",
+    "static_anatomy",
     "static_choices",
     "static_comparison",
     "static_knee",

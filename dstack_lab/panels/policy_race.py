@@ -10,14 +10,14 @@ from functools import partial
 import pandas as pd
 
 from dstack_lab import figures
-from dstack_lab.bounds import bound
-from dstack_lab.checks import positive
-from dstack_lab.metrics import summary
+from dstack_lab.checks import positive, require
+from dstack_lab.metrics import ALL, summary
 from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.panels.racing import Policies, checked, named, ran, services_at
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Service
-from dstack_lab.trials import plan_for
+from dstack_lab.simulator import sample_arrivals
+from dstack_lab.trials import bound_rps, plan_for
 from dstack_lab.workloads import WORKLOADS
 
 ARRIVALS = (("Poisson", "poisson"), ("bursty (gamma, cv 3)", "gamma"))
@@ -43,7 +43,8 @@ class PolicyRace(Panel):
     Attributes
     ----------
     workload, load, arrivals, seed
-        Controls. `load` is a part of the bound; at 1 no schedule has time to spare.
+        Controls. `load` is a part of what any schedule could serve on average; ``bound_rps`` of the facts is
+        the bound for the requests that came.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class PolicyRace(Panel):
         name, load, kind, seed = self.workload.value, self.load.value, self.arrivals.value, self.seed.value
         services = services_at(load, self.profile, name, self.services, kind)
         plan = plan_for(services, self.profile, "efficacy", None)
-        limit = bound(services, self.profile).total_rps
+        came = [times.size * 1000 / self.duration_ms for times in sample_arrivals(plan, self.duration_ms, seed)]
+        limit = bound_rps(plan, came)[ALL]
+        require(limit > 0, "load", load, f"high enough that a request comes within {self.duration_ms:g} ms")
         rows, said, failed, origin = [], [], [], str(self.profile.provenance)
         for policy_name, policy in self.policies.items():
             trace, words = ran(plan, policy, policy_name, self.duration_ms, seed)
@@ -101,9 +104,9 @@ class PolicyRace(Panel):
             "best": best,
         }
         if best is None:
-            words = f"At {load:g} of the bound no policy came to an end."
+            words = f"At a load of {load:g} no policy came to an end."
         else:
-            words = f"At {load:g} of the bound, {limit:,.0f} requests/s at most could be in time. " + ", ".join(
+            words = f"At a load of {load:g}, {limit:,.0f} requests/s of those that came could be in time at most. " + ", ".join(
                 f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked
             )
             words += f" in this run. {', '.join(failed)} did not finish." if failed else " in this run."

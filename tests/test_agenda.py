@@ -1,0 +1,232 @@
+"""The measuring agenda without a GPU: records that survive everything, and the whole path on cores and on stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+import dstack_lab as lab
+from dstack_lab.agenda import ITEMS, perform, silicon, ticks
+from dstack_lab.agenda.ahead import Ahead
+from dstack_lab.agenda.record import OutOfTime, Record, Step
+from dstack_lab.agenda.target import Target, short_name
+
+ROOT = Path(__file__).parents[1]
+FAKES = ROOT / "tests" / "fakes"
+HERE = lab.Provenance("measured", "this machine", "core sets", {"torch": "2.11.0"}, "2026-01-02")
+
+
+def record(tmp_path, **options):
+    return Record("knee", tmp_path, "h200", HERE, **options)
+
+
+def boom():
+    raise RuntimeError("broken")
+
+
+def test_a_failure_does_not_lose_the_rest_and_is_tried_once_more(tmp_path):
+    first, ran = record(tmp_path), []
+    steps = [Step("a", lambda: 1), Step("b", boom), Step("c", lambda: ran.append("c") or {"x": 2})]
+    first.run(steps)
+    assert (first.names("done"), first.names("failed")) == (["a", "c"], ["b"])
+    kept = json.loads(first.path.read_text())
+    assert (kept["complete"], kept["left"], kept["failed"]) == (False, ["b"], ["b"])
+    assert kept["steps"]["b"]["error"] == "RuntimeError: broken"
+    assert "boom" in kept["steps"]["b"]["where"]
+    second = record(tmp_path)
+    second.run([Step("a", lambda: ran.append("a")), Step("b", lambda: 3), Step("c", boom)])
+    assert ran == ["c"]  # what was done is not done again
+    assert second.value("b") == 3
+    assert json.loads(second.path.read_text())["complete"]
+    assert len(second.calls) == 2
+
+
+def test_what_fails_twice_is_given_up_and_says_so(tmp_path):
+    for _ in range(3):
+        tried = record(tmp_path)
+        tried.run([Step("b", boom)])
+    assert tried.steps["b"]["tries"] == 2
+    assert json.loads(tried.path.read_text())["complete"]
+    assert "1 failed (b)" in tried.summary()
+
+
+def test_fresh_steps_go_before_those_that_failed(tmp_path):
+    record(tmp_path).run([Step("b", boom)])
+    ran = []
+    record(tmp_path).run([Step("b", lambda: ran.append("b")), Step("d", lambda: ran.append("d"))])
+    assert ran == ["d", "b"]
+
+
+def test_the_time_of_a_call_is_kept(tmp_path):
+    ran, short = [], record(tmp_path, minutes=0.5 / 60)
+    short.run([Step("slow", lambda: time.sleep(30), 0), Step("next", lambda: ran.append(1), 0.2)])
+    assert short.begin_s + 5 > time.monotonic()
+    assert short.names("left") == ["slow", "next"]
+    assert ran == []
+    assert "2 left (slow, next): call again" in short.summary()
+
+
+def test_a_step_cannot_swallow_the_end_of_the_time():
+    assert not issubclass(OutOfTime, Exception)
+
+
+def test_rows_of_a_second_try_replace_those_of_the_first(tmp_path):
+    kept = record(tmp_path)
+    kept.add("t", pd.DataFrame({"x": [1, 2]}), "a")
+    kept.add("t", pd.DataFrame({"x": [3]}), "b")
+    kept.add("t", pd.DataFrame({"x": [4]}), "a")
+    assert kept.table("t").to_dict("list") == {"x": [3, 4], "step": ["b", "a"]}
+
+
+def test_another_folder_is_gone_on_from_only_on_the_same_machine(tmp_path, capsys):
+    old = record(tmp_path / "old")
+    old.run([Step("a", lambda: 1)])
+    old.add("mps", pd.DataFrame({"x": [1]}), "a")
+    new = record(tmp_path / "new", resume=tmp_path / "old")
+    assert (new.value("a"), len(new.table("mps"))) == (1, 1)
+    newer = lab.Provenance("measured", "this machine", "core sets", {"torch": "2.12.0"})
+    other = Record("knee", tmp_path / "other", "h200", newer, resume=tmp_path / "old")
+    assert (other.steps, "not resumed" in capsys.readouterr().out) == ({}, True)
+    with pytest.raises(ValueError, match=r"record h200.json = .*: must be of .*choose another --out"):
+        Record("knee", tmp_path / "old", "h200", newer)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA GPU", "gpu"),
+    ],
+)
+def test_short_names(gpu, name):
+    assert short_name(gpu) == name
+
+
+class Pipes:
+    """A device whose workers are ready at once."""
+
+    name = mechanism = "pipes"
+
+    def __init__(self):
+        self.started, self.closed = [], []
+
+    def start(self, model, share, cores=None, **options):
+        reader, writer = os.pipe()
+        os.write(writer, b"ready")
+        self.started.append((model, share, options))
+        return SimpleNamespace(
+            fileno=lambda: reader, model=model, close=lambda: (self.closed.append(share), os.close(reader), os.close(writer))
+        )
+
+
+def test_workers_are_started_in_groups_and_none_is_left():
+    device = Pipes()
+    with Ahead(device, [("m", s) for s in (1.0, 2.0, 3.0)], most=2, batches=(4,)) as ahead:
+        first = ahead.start("m", 1.0, seed=1)
+        assert [s for _, s, _ in device.started] == [1, 2]
+        assert device.started[0][2] == {"seed": 1, "batches": (4,)}
+        ahead.start("m", 2.0).close()
+        assert len(device.started) == 2
+        ahead.start("m", 1.0).close()  # again, because the first one broke
+        assert [s for _, s, _ in device.started] == [1, 2, 1]
+        first.close()
+        ahead.start("m", 3.0).close()
+        ahead.waiting["m", 9.0] = device.start("m", 9.0)
+    assert sorted(device.closed) == [1, 1, 2, 3, 9]
+
+
+def test_ticks_are_true():
+    """What data/README.md ticks is recorded, and what is recorded is ticked."""
+    assert ticks.contradictions(ROOT / "data" / "README.md", ROOT / "data" / "recorded") == []
+    assert set(ITEMS) <= set(ticks.said(ROOT / "data" / "README.md"))
+
+
+def test_a_tick_that_is_not_true_is_seen(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("- [x] 2. **knee** (2026-01-02, h200): x\n- [ ] 3. **kernels**: y\n")
+    assert ticks.contradictions(readme, tmp_path) == ["knee is ticked for h200 on 2026-01-02, but recorded is nothing"]
+    record(tmp_path).run([Step("a", lambda: 1)])
+    (seen,) = ticks.contradictions(readme, tmp_path)
+    assert "but recorded is {'h200':" in seen  # of another date
+    readme.write_text(readme.read_text().replace("2026-01-02", ticks.recorded(tmp_path, "knee")["h200"][0]))
+    assert ticks.contradictions(readme, tmp_path) == []
+    assert "complete" in ticks.status(tmp_path, ("knee",))
+    readme.write_text(readme.read_text().replace("[x]", "[ ]"))
+    assert "not ticked" in ticks.contradictions(readme, tmp_path)[0]
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="agenda = 'nothing': must be one of probe, knee"):
+        perform("nothing", tmp_path)
+    with pytest.raises(ValueError, match="device = 'tpu': must be one of gpu, mps, green, cpu"):
+        perform("knee", tmp_path, "tpu")
+    with pytest.raises(ValueError, match="minutes = 0: must be"):
+        record(tmp_path, minutes=0)
+
+
+def test_an_unknown_question_and_a_missing_gpu_are_answered(capsys):
+    assert silicon.main(["sms", "{}"]) == 1
+    assert "built without CUDA" in json.loads(capsys.readouterr().out)["error"]
+
+
+def command(out, *more, env=None):
+    done = subprocess.run(
+        [sys.executable, "-m", "dstack_lab", "measure", "--agenda", *more, "--quick", "--out", str(out)],
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_probe_and_knee_on_this_machine_s_cores(tmp_path):
+    command(tmp_path, "probe", "--device", "cpu")
+    kept = json.loads((tmp_path / "probe" / "cpu.json").read_text())
+    assert (kept["complete"], kept["failed"]) == (True, [])
+    first = kept["steps"]["first inference, cpu"]["value"]
+    assert 0 < first["ready_s"] < first["first_s"] < first["second_s"]
+    command(tmp_path, "knee", "--device", "cpu")
+    profile = lab.load_profile(tmp_path / "knee" / "cpu-cpu.csv")
+    shares = set(Target("cpu", quick=True).shares(lab.devices.Cpu()))
+    assert set(profile.table["gpu_pct"]) == shares
+    assert len(profile.table) == 2 * 2 * len(shares)
+    assert profile.provenance.kind == "measured"
+    again = command(tmp_path, "knee", "--device", "cpu")
+    assert "..." not in again.replace(" ...)", "")  # nothing is left to do
+    assert len(list(tmp_path.rglob("*.*"))) <= 8
+
+
+@pytest.mark.slow
+def test_probe_and_knee_on_a_pretended_gpu_under_mps(tmp_path):
+    """Programs, NVML and workers are stand-ins; what needs the silicon itself fails, is recorded, and costs nothing else."""
+    env = {"PATH": f"{FAKES}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(FAKES)}
+    command(tmp_path, "probe", "--device", "mps", env=env)
+    kept = json.loads((tmp_path / "probe" / "h200.json").read_text())
+    steps = kept["steps"]
+    assert kept["provenance"]["versions"]["driver"] == "580.159"
+    for done in ("findings", "mps start", "mps terminate_client", "mps quit", "first inference, mps"):
+        assert steps[done]["state"] == "done", steps[done]
+    assert steps["first inference, mps"]["value"]["facts"]["granted_sms"] == 132
+    assert "built without CUDA" in steps["mps cap 33.3 %"]["error"]
+    command(tmp_path, "knee", "--device", "mps", env=env)
+    profile = lab.load_profile(tmp_path / "knee" / "h200-mps.csv")
+    assert profile.models == ("resnet50", "vgg19")
+    assert profile.provenance.mechanism == "MPS"
+    assert set(profile.table["batch"]) == {1, 4}
+    assert lab.load_profile(tmp_path / "knee" / "h200-mps-eager.csv").table["batch"].eq(1).all()
