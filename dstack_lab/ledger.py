@@ -221,6 +221,11 @@ class Ledger:
             view._arrivals, view._head = self._hidden.pop(view.name)
             self.refresh(view)
 
+    def finished(self) -> NDArray[np.float64]:
+        """Rows of the launches that ended so far, a copy: service, first request, batch, start and end [ns], GPU%, note."""
+        log = np.array(self._write(), dtype=float).reshape(-1, FIELDS)
+        return log[np.isin(np.arange(len(log)), [*self.state._running, *self._failed], invert=True)]
+
     def to_trace(self, duration_ms: float, policy: str, seed: int, provenance: Provenance) -> Trace:
         """Write the books as a `Trace`; launches still running count as not served."""
         plan = self.plan

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import select
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from heapq import heappop
 from typing import Any
@@ -47,6 +48,7 @@ def run(
     start_timeout_s: float = 300.0,
     hung_ms: float = HUNG_MS,
     options: dict[str, Any] | None = None,
+    watch: Callable[[Ledger], bool] | None = None,
 ) -> Trace:
     """Run `policy` on `plan` for real.
 
@@ -76,6 +78,8 @@ def run(
         Least time after which a launch without an answer counts as hung [ms].
     options : dict, optional
         Further arguments of ``device.start``, such as ``memory_mib``.
+    watch : callable, optional
+        Shown the run's books some times a second; returns whether to go on. It holds up the run while it looks.
 
     Returns
     -------
@@ -104,6 +108,7 @@ def run(
             fleet.wait_ready(start_timeout_s, bar.update)
         marks = device.marks()
         session = _Run(ledger, policy, fleet, device, hung_ms)
+        session.watch = watch
         error: RuleBroken | None = None
         sampler = device.sampler() if hasattr(device, "sampler") else None
         gc.disable()  # a collection stops the loop for tens of milliseconds
@@ -134,6 +139,8 @@ def run(
 class _Run:
     """State of one run's loop."""
 
+    watch: Callable[[Ledger], bool] | None = None
+
     def __init__(self, ledger: Ledger, policy: Policy, fleet: Fleet, device: Device, hung_ms: float) -> None:
         self.ledger, self.policy, self.fleet = ledger, policy, fleet
         self.device, self.leases = device, device.leases()
@@ -149,7 +156,7 @@ class _Run:
         """Serve until every request is served or dropped, or the drain time is over."""
         self.turns = Turns(self.ledger, self.policy, self._launch)
         heap, state, start = self.turns.heap, self.state, time.monotonic_ns()
-        self.start_ns, last_s = start, 0.0
+        self.start_ns, last_s, watched_ns = start, 0.0, 0
         while self.ledger.waiting_total or state._running:
             upcoming = heap[0][0] if heap else NEVER_NS
             nap = min(NAP_S, max(0.0, (upcoming - (time.monotonic_ns() - start)) * 1e-9))
@@ -158,6 +165,11 @@ class _Run:
             if now > duration_ns + drain_ns:
                 self._event("stopped", "", f"{self.ledger.waiting_total} requests still waited at the end of the drain time")
                 break
+            if self.watch is not None and now - watched_ns > NAP_S * 1e9:
+                watched_ns = now
+                if not self.watch(self.ledger):
+                    self._event("stopped", "", "by hand")
+                    break
             ask = False
             for fd in readable:
                 ask = self._hear(self.fleet.by_fd[fd]) or ask

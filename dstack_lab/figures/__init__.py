@@ -9,6 +9,7 @@ from dstack_lab.figures.curves import batches, knee
 from dstack_lab.figures.latencies import latency
 from dstack_lab.figures.periods import period
 from dstack_lab.figures.plans import plan
+from dstack_lab.figures.progress import PANES, Progress, progress, static_progress
 from dstack_lab.figures.races import comparison
 from dstack_lab.figures.space import place, raster
 from dstack_lab.figures.static import static_comparison, static_knee, static_timeline
@@ -20,6 +21,8 @@ __all__ = [
     "COLORS",
     "CONFIG",
     "EXACT",
+    "PANES",
+    "Progress",
     "anatomy",
     "batches",
     "choices",
@@ -33,11 +36,13 @@ __all__ = [
     "period",
     "place",
     "plan",
+    "progress",
     "raster",
     "static_anatomy",
     "static_choices",
     "static_comparison",
     "static_knee",
+    "static_progress",
     "static_timeline",
     "timeline",
 ]

@@ -37,7 +37,7 @@ RC: dict[Any, Any] = {
 }
 DPI = 150
 #: In a notebook, where a picture that stands in for a live figure should be small.
-SCREEN_DPI = 80
+SCREEN_DPI = 72
 
 #: A file name, or a file open for writing bytes.
 Target = str | os.PathLike[str] | BinaryIO

@@ -5,8 +5,9 @@ The only room that imports ipywidgets.
 
 from dstack_lab.panels.batch_planner import BatchPlanner
 from dstack_lab.panels.knee_explorer import KneeExplorer
+from dstack_lab.panels.live_run import LiveRun
 from dstack_lab.panels.model_anatomy import ModelAnatomy
 from dstack_lab.panels.policy_race import PolicyRace
 from dstack_lab.panels.schedule_explorer import ScheduleExplorer
 
-__all__ = ["BatchPlanner", "KneeExplorer", "ModelAnatomy", "PolicyRace", "ScheduleExplorer"]
+__all__ = ["BatchPlanner", "KneeExplorer", "LiveRun", "ModelAnatomy", "PolicyRace", "ScheduleExplorer"]
