@@ -69,7 +69,7 @@ def progress(so_far: Progress, *, width: int = style.WIDTH) -> go.Figure:
 
 def static_progress(so_far: Progress, path: Target) -> Path:
     """Write `progress` as a PNG or SVG; errors as for `static_knee`."""
-    with sheet(path, so_far.title, so_far.origin, 3, 3.6) as (_, axes):
+    with sheet(path, f"{so_far.title}\n", so_far.origin, 3, 3.8) as (_, axes):
         for part, (key, title) in zip(axes, PANES.items(), strict=True):
             for row, (name, cue) in zip(so_far.values[key], style.cues(so_far.services).items(), strict=True):
                 part.plot(so_far.seconds, row, cue.mpl_marker, color=cue.color, linestyle=cue.mpl_dash, markersize=4, label=name)
