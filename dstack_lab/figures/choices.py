@@ -117,7 +117,7 @@ def choices(profile: Profile, found: Choices, *, width: int = style.WIDTH) -> go
     ):
         made.add_trace(
             go.Heatmap(
-                z=z.astype(np.float32),
+                z=np.where(np.isnan(z), None, z.round(4)),  # type: ignore[call-overload]  # a live figure sends rows as JSON, which has no NaN
                 x=shares,
                 y=batches,
                 zmin=low,
