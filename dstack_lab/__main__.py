@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     measure.add_argument("--shares", type=_numbers(float), default=None, help="GPU%% such as 50,100; all that the device grants")
     measure.add_argument("--budget", type=int, default=None, help="most points per network")
     measure.add_argument("--out", type=Path, help="profile to write (data/runs/measured.csv); of --agenda the folder")
-    measure.add_argument("--agenda", metavar="ITEM", help="an item of data/README.md on a GPU: probe, knee; or status")
+    measure.add_argument("--agenda", metavar="ITEM", help="an item of data/README.md on a GPU, such as knee; or status")
     measure.add_argument("--device", default="gpu", help="of --agenda: gpu (MPS and green contexts), mps, green or cpu")
     measure.add_argument("--quick", action="store_true", help="of --agenda: small grids, to try the whole path")
     measure.add_argument("--minutes", type=float, default=9, help="of --agenda: time of this call")

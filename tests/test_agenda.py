@@ -7,17 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import builders
 import pandas as pd
 import pytest
 
 import dstack_lab as lab
-from dstack_lab.agenda import ITEMS, perform, silicon, ticks
+from dstack_lab.agenda import ITEMS, multiplex, perform, silicon, ticks
 from dstack_lab.agenda.ahead import Ahead
 from dstack_lab.agenda.record import OutOfTime, Record, Step
 from dstack_lab.agenda.target import Target, short_name
+from dstack_lab.recipes import recipe_of
+from dstack_lab.workloads import WORKLOADS, load_of
 
 ROOT = Path(__file__).parents[1]
 FAKES = ROOT / "tests" / "fakes"
@@ -167,7 +171,7 @@ def test_a_tick_that_is_not_true_is_seen(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="agenda = 'nothing': must be one of probe, knee"):
+    with pytest.raises(ValueError, match="agenda = 'nothing': must be one of probe, knee, "):
         perform("nothing", tmp_path)
     with pytest.raises(ValueError, match="device = 'tpu': must be one of gpu, mps, green, cpu"):
         perform("knee", tmp_path, "tpu")
@@ -230,3 +234,53 @@ def test_probe_and_knee_on_a_pretended_gpu_under_mps(tmp_path):
     assert profile.provenance.mechanism == "MPS"
     assert set(profile.table["batch"]) == {1, 4}
     assert lab.load_profile(tmp_path / "knee" / "h200-mps-eager.csv").table["batch"].eq(1).all()
+
+
+def test_the_races_are_in_order_of_what_they_tell():
+    whole = multiplex.grid(Target("gpu"))
+    assert len(whole) == len(set(whole)) == 3 * 4 * len(multiplex.POLICIES)
+    assert whole[0] == (0.8, "C-4", "DStack")
+    assert {name for _, name, _ in whole} == set(WORKLOADS)
+    policies = {name for name, kind in vars(lab.policies).items() if isinstance(kind, type) and issubclass(kind, lab.Policy)}
+    assert policies - set(multiplex.POLICIES) == {"Policy", "Ideal"}  # which no device can run
+
+
+def test_a_workload_for_cores_offers_the_load_it_is_asked_for():
+    toy = builders.profile(squeezenet1_1=(4, 2, 40), shufflenet_v2_x1_0=(8, 1, 100))
+    for load in (0.3, 0.9):
+        services = multiplex.services_of("cpu-2", toy, load)
+        assert load_of(services, toy) == pytest.approx(load)
+        assert [s.slo_ms for s in services] == [4 * 36, 8 * 24]
+
+
+def test_without_a_knee_no_race_is_begun(tmp_path):
+    with pytest.raises(RuntimeError, match=r"mps and green of h200: no profile is recorded: first .* --agenda knee"):
+        multiplex.run(Target("gpu"), record(tmp_path))
+
+
+def test_races_compare_by_service_and_know_their_dispatch():
+    toy = builders.profile(small=(1.0, 0.5, 40.0), large=(2.0, 1.0, 80.0))
+    plan = lab.optimize([lab.Service("small", 25, lab.Poisson(200)), lab.Service("large", 50, lab.Poisson(100))], toy)
+    trace = replace(lab.simulate(plan, lab.DStack(), 1000), recipe=recipe_of(plan, lab.DStack()))
+    bare = multiplex.compared(trace).set_index("service")
+    assert bare[["sm_utilization", "energy_j", "dispatch_ms"]].isna().all(axis=None)  # nothing said is not zero
+    assert (bare.filter(like="_error") == 0).all(axis=None)
+    late = trace.launches["service"].astype(str).map({"small": 0.25, "large": 0.5})
+    trace.launches["worker_ms"] = trace.launches["end_ms"] - trace.launches["start_ms"] - late
+    assert multiplex.compared(trace).set_index("service").loc[["small", "large"], "dispatch_ms"].tolist() == [0.25, 0.5]
+
+
+@pytest.mark.slow
+def test_races_on_this_machine_s_cores(tmp_path):
+    said = command(tmp_path, "multiplex", "--device", "cpu")
+    assert "not on cpu, whose shares are a true partition: Triton, Uncontrolled" in said
+    kept = json.loads((tmp_path / "multiplex" / "cpu.json").read_text())
+    assert (kept["complete"], kept["failed"]) == (True, [])
+    runs = pd.read_csv(tmp_path / "multiplex" / "cpu-runs.csv")
+    for policy in ("DStack", "Temporal"):
+        assert runs.loc[runs["policy"] == policy, "service"].tolist() == ["squeezenet1_1", "shufflenet_v2_x1_0", "all"]
+    assert (runs["goodput_rps_simulated"] > 0).all()
+    trace = lab.load_trace(tmp_path / "multiplex" / "cpu-cpu-cpu-2-0.4-DStack.npz")
+    assert trace.provenance.kind == "measured"
+    again = multiplex.compared(trace).set_index("service")["goodput_rps"]
+    assert again.to_dict() == pytest.approx(runs[runs["policy"] == "DStack"].set_index("service")["goodput_rps"].to_dict())

@@ -85,7 +85,7 @@ class Record:
         resume: Path | None = None,
         begin_s: float | None = None,
     ) -> None:
-        self.item, self.device, self.provenance = item, device, provenance
+        self.item, self.device, self.provenance, self.resume = item, device, provenance, resume
         self.folder = Path(out) / item
         self.begin_s = time.monotonic() if begin_s is None else begin_s
         self.end_s = self.begin_s + 60 * positive("minutes", minutes)
