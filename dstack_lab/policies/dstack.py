@@ -18,7 +18,7 @@ class DStack(Policy):
     """Dynamic, fair spatio-temporal scheduling; after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
 
     1. *Planned*: each service owns launch windows at its knee share, often enough for its SLO; the
-       windows of a period never need more than 100 GPU% (`plan_period`).
+       windows of a period never need more than 100 GPU% (`plan_period`): side by side in lanes, or in turn.
     2. *Opportunistic*: whenever GPU% is free and a batch is ready, it is launched if it ends before any
        planned window that needs its share. Planned windows are never delayed; an empty one is given away.
     3. *Fair*: among the ready, the service that received least GPU%·ms over the last 10 periods goes
@@ -39,6 +39,9 @@ class DStack(Policy):
         Under overload, plan windows for the part of the load that fits and drop requests that a planned
         batch started now would not serve in time: serving the freshest in full batches answers far more
         in time than small batches of the oldest. Without it an overload is an `InfeasiblePlan`.
+    beside : bool
+        Give every service a lane of its own where lanes hold the load (`lanes`): their widths are chosen
+        jointly, by the queues that will form in them. Without it windows take turns.
     """
 
     def __init__(
@@ -48,13 +51,14 @@ class DStack(Policy):
         fair: bool = True,
         patience: float = 0.25,
         reject: bool = False,
+        beside: bool = True,
     ) -> None:
         self.planned, self.opportunistic, self.fair = planned, opportunistic, fair
-        self.patience, self.reject = patience, reject
+        self.patience, self.reject, self.beside = patience, reject, beside
 
     def reset(self, plan: Plan) -> None:
         """Place the windows; may lower shares or batches to make them fit."""
-        period = plan_period(plan, self.reject)
+        period = plan_period(plan, self.reject, self.beside)
         self.scores = Scoreboard([a.service for a in period.allocations], period.period_ms, MEMORY)
         self._adopt(plan, period, 0.0)
 
@@ -76,7 +80,9 @@ class DStack(Policy):
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """From the share of each service's windows up to the plan's."""
-        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, plan_period(plan, self.reject)).items()}
+        return {
+            name: tuple(sorted(ladder)) for name, ladder in ladders(plan, plan_period(plan, self.reject, self.beside)).items()
+        }
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Planned windows first, then whatever fits before the next ones."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import pandas as pd
 
+from dstack_lab.policies.lanes import LATE, LATE_IF_DROPPED, lanes
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
 
 #: Windows are sized for this many times the mean rate, so that bursts fit; the first that can be placed is taken.
 HEADROOMS = (1.5, 1.3, 1.15, 1.07, 1.0)
 #: Parts of the load that a plan which rejects the rest may be sized for.
-PARTS = (0.85, 0.7, 0.5, 0.3, 0.1)
+PARTS = tuple(part / 100 for part in range(95, 0, -5))
 #: Neighbours of the plan's operating points that are tried, and most windows of a service in a period beyond the fewest.
 ATTEMPTS, MOST_WINDOWS = 60, 24
 EPSILON_MS = 1e-6
@@ -56,16 +57,17 @@ class PeriodPlan:
         return pd.DataFrame([{name: getattr(window, name) for name in names} for window in self.windows], columns=list(names))
 
 
-def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
+def plan_period(plan: Plan, reject: bool = False, beside: bool = True) -> PeriodPlan:
     """Place the launch windows of `plan`; after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
 
     The period is the largest SLO. Each service gets windows often enough for its SLO and its rate, at
     the share of the plan, sized for the requests that come between two of them. They are placed
-    side by side all the time if the shares that keep up allow it. If not, windows take turns: they are
-    placed earliest deadline first, at the earliest time where the shares never exceed 100 % and no two
-    windows of one service overlap, and what cannot be placed gives way, by the smallest loss of GPU
-    time first: a service gets another share, or its windows come more often with smaller batches.
-    With `reject`, windows for a part of the load will do.
+    side by side all the time if there are shares that hardly make anyone late (`lanes`). If not, windows
+    take turns: they are placed earliest deadline first, at the earliest time where the shares never
+    exceed 100 % and no two windows of one service overlap, and what cannot be placed gives way, by the
+    smallest loss of GPU time first: a service gets another share, or its windows come more often with
+    smaller batches.
+    With `reject`, windows for a part of the load will do; without `beside`, windows always take turns.
 
     Raises
     ------
@@ -73,17 +75,20 @@ def plan_period(plan: Plan, reject: bool = False) -> PeriodPlan:
         If nothing fits; the message says which service asks for how much.
     """
     period = max(service.slo_ms for service in plan.services)
-    for headroom in HEADROOMS + (PARTS if reject else ()):
+    late = LATE_IF_DROPPED if reject else LATE
+    if beside and (found := _side_by_side(period, plan, (1.0,), late, reject)) is not None:
+        return found
+    for headroom in HEADROOMS + (PARTS if reject and not beside else ()):
         options = [
             _options(period, *r, plan.shares, headroom) for r in zip(plan.services, plan.allocations, plan.tables, strict=True)
         ]
         if not all(options):
             continue
-        if (lanes := _lanes(options)) is not None:
-            return PeriodPlan(period, _chain(period, _beside(period, lanes)), tuple(option.point for option in lanes))
         for chosen in _neighbours(options):
             if (windows := _place(period, plan.services, chosen)) is not None:
                 return PeriodPlan(period, _chain(period, windows), tuple(option.point for option in chosen))
+    if beside and reject and (found := _side_by_side(period, plan, PARTS, late, reject)) is not None:
+        return found
     asks = ", ".join(
         f"{a.service} {a.gpu_pct:g} % for {a.service_ms:.1f} ms at {a.rate_rps:g}/s within {s.slo_ms:g} ms"
         for a, s in zip(plan.allocations, plan.services, strict=True)
@@ -107,38 +112,31 @@ def _neighbours(options: list[list[_Option]]) -> Iterator[list[_Option]]:
                 heappush(frontier, (sum(r[i].reserved for r, i in zip(options, following, strict=True)), following))
 
 
-def _lanes(options: list[list[_Option]]) -> list[_Option] | None:
-    """Shares that fit side by side all the time: the smallest that keep up, then more for the busiest; None if too much."""
-    by_share: list[list[_Option]] = []
-    for ranked in options:
-        best: dict[float, _Option] = {}
-        for option in ranked:
-            share = option.point.gpu_pct
-            if share not in best or option.reserved < best[share].reserved:
-                best[share] = option
-        by_share.append([best[share] for share in sorted(best)])
-    chosen = [0] * len(by_share)
-    left = 100 - sum(lane[0].point.gpu_pct for lane in by_share)
-    if left < -EPSILON_MS:
+def _side_by_side(period: float, plan: Plan, parts: Iterable[float], most: float, reject: bool) -> PeriodPlan | None:
+    """Lanes for the first of these parts of the rates at which at most this part of a service's requests is late.
+
+    Their windows are evenly spaced, and hold the whole rate; with `reject` they may come one after the other instead.
+    """
+    for part in parts:
+        points, late = lanes(plan, part)
+        if points and late <= most:
+            break
+    else:
         return None
-    while True:
-        steps = []
-        for k, (lane, i) in enumerate(zip(by_share, chosen, strict=True)):
-            if i + 1 < len(lane) and (more := lane[i + 1].point.gpu_pct - lane[i].point.gpu_pct) <= left + EPSILON_MS:
-                steps.append((-lane[i].reserved / lane[i].point.gpu_pct, k, more))  # the part of the time a lane is busy
-        if not steps:
-            return [lane[i] for lane, i in zip(by_share, chosen, strict=True)]
-        _, k, more = min(steps)
-        chosen[k], left = chosen[k] + 1, left - more
-
-
-def _beside(period: float, lanes: list[_Option]) -> list[Window]:
-    """Windows of services that never need each other's share: evenly spaced."""
-    return [
-        Window(start, start + lane.point.service_ms, lane.point.service, lane.point.gpu_pct, lane.point.batch)
-        for lane in lanes
-        for start in (j * period / lane.windows for j in range(lane.windows))
-    ]
+    windows, allocations = [], []
+    for service, point, table in zip(plan.services, points, plan.tables, strict=True):
+        options = _options(period, service, point, table, (point.gpu_pct,), 1.0)
+        if options:
+            option = min(options, key=lambda o: (o.point.batch, o.windows))
+            number, point = option.windows, option.point
+        elif reject:
+            number = max(1, math.floor(period / point.service_ms + EPSILON_MS))
+        else:
+            return None
+        allocations.append(point)
+        for start in (j * period / number for j in range(number)):
+            windows.append(Window(start, start + point.service_ms, point.service, point.gpu_pct, point.batch))
+    return PeriodPlan(period, _chain(period, windows), tuple(allocations))
 
 
 def _chain(period: float, windows: list[Window]) -> tuple[Window, ...]:
