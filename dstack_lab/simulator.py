@@ -9,13 +9,13 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from dstack_lab.checks import count, positive, require
+from dstack_lab.checks import count, non_negative, positive, require
 from dstack_lab.compiled import LEFT_TO_PYTHON, Engine, choose, simulate_compiled
 from dstack_lab.contention import Contention, Load
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.policies.base import Policy
 from dstack_lab.provenance import Provenance, versions_here
-from dstack_lab.services import Plan
+from dstack_lab.services import Allocation, Plan
 from dstack_lab.state import NEVER_NS, NS_PER_MS, Launch
 from dstack_lab.traces import Trace
 from dstack_lab.turns import END, READY, RuleBroken, Turns
@@ -45,8 +45,16 @@ def open_ledger(plan: Plan, policy: Policy, duration_ms: float, seed: int) -> Le
     if (rewrite := getattr(policy, "rewrite", None)) is not None:  # an ideal schedules other launches than a plan's
         plan = rewrite(plan)
     policy.reset(plan)
-    waits = [policy.wait_ms(a, s.slo_ms) for a, s in zip(plan.allocations, plan.services, strict=True)]
+    non_negative(f"needs_pct of {policy.name}", policy.needs_pct)
+    waits = [_wait(policy, a, s.slo_ms) for a, s in zip(plan.allocations, plan.services, strict=True)]
     return Ledger(plan, sample_arrivals(plan, duration_ms, seed), waits, policy.oversubscribes)
+
+
+def _wait(policy: Policy, allocation: Allocation, slo_ms: float) -> float:
+    wait: object = policy.wait_ms(allocation, slo_ms)
+    known = isinstance(wait, (int, float, np.number)) and not np.isnan(wait)
+    require(known, f"wait_ms of {policy.name} for {allocation.service}", wait, "a number of ms")
+    return float(wait)  # type: ignore[arg-type]
 
 
 def _check(plan: Plan, policy: Policy, duration_ms: float, seed: int) -> None:

@@ -4,22 +4,26 @@ Shared by the simulator's virtual clock and the runner's wall clock, so that bot
 same turns. Order of events at one instant, which makes every simulated run repeatable: (1) batches
 end, in the order they were launched; (2) batches become ready, by service; (3) wake-ups;
 (4) arrivals, for policies that ask for them. Then the policy decides once. A wake-up that it asks for
-at that same instant gives it one more turn, `TURNS` times at most.
+at that same instant, or within `SOON_NS`, gives it one more turn, `TURNS` times in a row at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from heapq import heappush
+from itertools import islice
 
 from dstack_lab.ledger import Ledger
-from dstack_lab.policies.base import Policy
+from dstack_lab.policies.base import Decision, Policy
 from dstack_lab.state import INFINITE, NEVER_NS, NS_PER_MS, Drop, Launch, ServiceView, Wake
 
 END, READY, WAKE, ARRIVAL = range(4)
 NO_LIMIT = -INFINITE
-#: Turns of a policy at one instant before it is stopped as endless.
-TURNS = 1000
+#: Turns in a row that each ask for the next one within this time, before a policy is stopped as endless: on a
+#: wall clock no two turns come at the same instant.
+TURNS, SOON_NS = 1000, 1000
+#: Decisions that an iterator may give in one turn before it is stopped as endless.
+DECISIONS = 100_000
 
 
 class RuleBroken(Exception):
@@ -46,7 +50,7 @@ class Turns:
         self.heap: list[tuple[int, int, int]] = []  # (time [ns], kind, launch or service)
         self.launched_ns = 0  # time of the last launch
         self.needs_pct = NO_LIMIT if policy.oversubscribes else policy.needs_pct  # nothing is ever free then
-        self._last_ns, self._turns = -1, 0
+        self._turns = 0
         self._decide, self._launch, self._refresh = policy.decide, ledger.launch, ledger.refresh
         for view in self.state.services:
             self.expect(view)
@@ -84,17 +88,16 @@ class Turns:
         state = self.state
         try:
             decisions = self._decide(state)
+            if type(decisions) is not list:
+                decisions = self._listed(decisions)
+        except RuleBroken:
+            raise
         except Exception as error:
             raise RuleBroken(f"{self.policy.name} raised at {state.now_ms:.6f} ms: {error!r}") from error
         if not decisions:
+            self._turns = 0
             return
-        now = state.now_ns
-        if now == self._last_ns:
-            self._turns += 1
-            if self._turns > TURNS:
-                raise self._broken(decisions[0], f"more than {TURNS} turns at one instant")
-        else:
-            self._last_ns, self._turns = now, 0
+        now, soon = state.now_ns, False
         for decision in decisions:
             try:
                 if type(decision) is Launch:
@@ -106,6 +109,7 @@ class Turns:
                     if at < now:
                         raise ValueError(f"at_ms must not be before now, {state.now_ms}")
                     heappush(self.heap, (at, WAKE, 0))
+                    soon = soon or at - now <= SOON_NS
                     continue
                 elif type(decision) is Drop:
                     view = self.ledger.drop(decision)
@@ -115,6 +119,21 @@ class Turns:
                 raise self._broken(decision, error) from error
             if (at := self._refresh(view)) >= 0:
                 heappush(self.heap, (at, READY, view.index))
+        self._turns = self._turns + 1 if soon else 0
+        if self._turns > TURNS:
+            raise self._broken(decisions[0], f"more than {TURNS} turns at one instant, each of which asked for the next")
+
+    def _listed(self, decisions: object) -> list[Decision]:
+        """Return what a policy answered as a list; nothing, for None."""
+        if decisions is None:
+            return []
+        single = isinstance(decisions, (Launch, Drop, Wake, str, bytes))
+        if single or not isinstance(decisions, Iterable):
+            raise self._broken(repr(decisions), "decide must return a list of Launch, Drop and Wake")
+        listed = list(islice(decisions, DECISIONS + 1))
+        if len(listed) > DECISIONS:
+            raise self._broken(listed[0], f"more than {DECISIONS} decisions in one turn")
+        return listed
 
     def _broken(self, decision: object, why: object) -> RuleBroken:
         return RuleBroken(f"{self.policy.name} at {self.state.now_ms:.6f} ms: {decision}: {why}")

@@ -32,6 +32,9 @@ LEFT_TO_PYTHON = "python engine: the compiled one could not finish this run"
 #: Room that each policy's compiled form lives in. Exact classes: a subclass may decide otherwise.
 FORMS: dict[type[Policy], str] = {Temporal: "temporal", DStack: "dstack"}
 
+#: Attributes that tell the Python engine when to ask a policy; the compiled forms know their classes' own.
+SWITCHES = ("every_arrival", "oversubscribes")
+
 
 def expected_requests(plan: Plan, duration_ms: float) -> float:
     """Requests that a run is expected to have."""
@@ -40,7 +43,7 @@ def expected_requests(plan: Plan, duration_ms: float) -> float:
 
 def obstacle(policy: Policy) -> str:
     """Return what keeps runs of `policy` from being compiled, empty if nothing."""
-    if type(policy) not in FORMS or not {"decide", "reset", "rewrite", "wait_ms"}.isdisjoint(vars(policy)):
+    if type(policy) not in FORMS or any(_changes(type(policy), *pair) for pair in vars(policy).items()):
         return f"no compiled form of {policy.name}"
     try:
         importlib.import_module("numba")
@@ -49,6 +52,11 @@ def obstacle(policy: Policy) -> str:
     except ImportError as error:  # one that was built for another numpy, say
         return f"numba cannot be imported: {error}"
     return ""
+
+
+def _changes(kind: type[Policy], name: str, value: object) -> bool:
+    """Whether an attribute of a policy object makes it another policy than its class: a method, a switch of the engine."""
+    return name == "rewrite" or callable(getattr(kind, name, None)) or (name in SWITCHES and value != getattr(kind, name))
 
 
 def choose(engine: Engine, plan: Plan, policy: Policy, duration_ms: float, as_predicted: bool) -> tuple[bool, tuple[str, ...]]:

@@ -50,7 +50,11 @@ class Policy:
         return 0.0
 
     def decide(self, state: GpuState) -> Sequence[Decision]:
-        """Return what to do now; an empty list waits for the next change."""
+        """Return what to do now; an empty list waits for the next change.
+
+        An answer that breaks a rule (more GPU% than is free, a batch above the queue, turns at one instant
+        without end) or an exception stops the run with a `PolicyError`, which holds the trace so far.
+        """
         raise NotImplementedError(f"{self.name}.decide")
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
