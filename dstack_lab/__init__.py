@@ -38,7 +38,7 @@ _HOMES = {
     "validation": ("validate",),
     "cluster": ("Cluster", "LeastWork", "Placement", "Random", "RoundRobin", "cluster_bound", "place", "simulate_cluster"),
     "profiler": ("measure",),
-    "runner": ("run",),
+    "runner": ("RunError", "run"),
 }
 _MODULES = ("devices", "exercises", "figures", "gpu_specs", "kernel_model", "kernels", "panels", "policies", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -21,8 +21,8 @@ from dstack_lab.traces import EVENTS, OUTCOMES, Trace
 
 #: Room for the rounding of shares such as 33.33 three times.
 SHARE_SLACK = 0.02
-#: Numbers per launch in the log; the end is the fifth, the share the sixth.
-FIELDS, END, SHARE = 7, 4, 5
+#: Numbers per launch in the log; the start is the fourth, the end the fifth, the share the sixth.
+FIELDS, START, END, SHARE = 7, 3, 4, 5
 #: Rows that are added to the log at once.
 BLOCK = 1024
 
@@ -174,6 +174,18 @@ class Ledger:
         if granted_pct is not None:
             self._write()[number * FIELDS + SHARE] = granted_pct
         return view
+
+    def regrant(self, number: int, gpu_pct: float) -> None:
+        """Let a launch begin now, at this share: it may have waited for a worker, and got another than it asked for."""
+        state = self.state
+        view, share, batch, since, _ = state._running[number]
+        if gpu_pct == share and since == state.now_ns:
+            return
+        cost = view._service_ns.get((batch, gpu_pct)) or view.remember_ns(batch, gpu_pct)
+        state._running[number] = (view, gpu_pct, batch, state.now_ns, state.now_ns + cost)
+        state.free_pct += share - gpu_pct
+        log, row = self._write(), number * FIELDS
+        log[row + START], log[row + SHARE] = state.now_ns, gpu_pct
 
     def _write(self) -> array[float]:
         """Return the whole log."""

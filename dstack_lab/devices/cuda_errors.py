@@ -54,3 +54,9 @@ def with_cure(text: str) -> str:
     """Return `text`, preceded by its cure if one is known."""
     cure = cure_of(text)
     return text if cure is None else f"{cure}. It said: {text}"
+
+
+def shared_fault(text: str) -> str | None:
+    """What is wrong for all workers of the GPU, if an error message of one of them says so."""
+    cure = cure_of(text)
+    return cure if cure is not None and any(f"({number})" in cure for number in ("805", "806", "807")) else None

@@ -110,6 +110,7 @@ class Green:
 
     name: ClassVar[str] = "green"
     mechanism: ClassVar[str] = "green contexts"
+    prepares_all: ClassVar[bool] = True  #: another share is another lease and graph, captured before a run: no process
 
     def __post_init__(self) -> None:
         count("device", self.device, least=0)

@@ -12,7 +12,17 @@ from typing import Any, ClassVar, Self
 
 from dstack_lab.checks import count, percent, require
 from dstack_lab.devices import nvml
-from dstack_lab.devices.mps_daemon import FOREIGN, MpsDaemon, MpsError, foreign_daemon
+from dstack_lab.devices.cuda_errors import shared_fault
+from dstack_lab.devices.mps_daemon import (
+    CONTROL,
+    FOREIGN,
+    MpsDaemon,
+    MpsError,
+    find_program,
+    foreign_daemon,
+    most_clients,
+    version,
+)
 from dstack_lab.devices.mps_worker import MpsWorker, SmLeases, clients
 from dstack_lab.devices.nvml_sampler import Sampler
 
@@ -212,6 +222,29 @@ class Mps:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def most_workers(self) -> int:
+        """Workers that the GPU takes at the same time, over all services."""
+        control = find_program(CONTROL)
+        return most_clients(None if control is None else version(control))
+
+    def common_fault(self, said: str = "") -> str | None:
+        """Why all workers have to be started anew, if so: the daemon died, or a worker `said` that the server failed."""
+        daemon = _DAEMONS.get(self._key())
+        if daemon is not None and not daemon.alive:
+            return "the MPS daemon died under its workers"
+        return shared_fault(said)
+
+    def recover(self) -> None:
+        """Quit the daemon, after all workers, and start another.
+
+        Raises
+        ------
+        RuntimeError
+            If it does not start.
+        """
+        self.stop()
+        self._daemon()
 
     def leases(self) -> SmLeases:
         """Which workers hold how many SMs, for one run."""

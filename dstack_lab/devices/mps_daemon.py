@@ -53,6 +53,11 @@ def version(control: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def most_clients(version: int | None) -> int:
+    """Processes that one GPU takes under programs of a version; the lesser number if it is unknown."""
+    return 60 if (version or 0) >= SIXTY_CLIENTS else 48
+
+
 def foreign_daemon(folder: Path = FOREIGN) -> bool:
     """Whether somebody's daemon listens where every CUDA program looks first."""
     if not (folder / "control").exists():
@@ -185,7 +190,7 @@ class MpsDaemon:
     @property
     def most_clients(self) -> int:
         """Processes that one GPU takes."""
-        return 60 if (self.version or 0) >= SIXTY_CLIENTS else 48
+        return most_clients(self.version)
 
     def client_env(self, gpu_pct: float) -> dict[str, str]:
         """Environment of a client capped at a share: settled before its CUDA starts, fixed afterwards."""

@@ -74,6 +74,10 @@ class AdaptiveDStack(DStack):
         """All: nobody knows which ones the rates will ask for."""
         return {a.service: plan.shares for a in plan.allocations}
 
+    def first_shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
+        """Those that the windows of the plan's own rates use."""
+        return super().shares(plan)
+
     def _review(self, state: GpuState, now: float) -> None:
         """Plan anew if a service's arrivals differ from what its windows are sized for by more than chance."""
         counts = {service.name: service.arrived for service in state.services}

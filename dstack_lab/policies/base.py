@@ -60,3 +60,7 @@ class Policy:
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """GPU% that `decide` may use for each service: a real device prepares workers for these."""
         return {a.service: tuple(sorted({a.gpu_pct, plan.shares[-1]})) for a in plan.allocations}
+
+    def first_shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
+        """Those of `shares` to prepare before a run; a worker for another one starts when it is first asked for."""
+        return self.shares(plan)

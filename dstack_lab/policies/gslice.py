@@ -143,3 +143,7 @@ class Gslice(Policy):
         """Its slice, and all that it may be resized to: standbys are prepared."""
         slices = self._slices(plan)
         return {name: tuple(sorted({s, *plan.shares})) if self.resize else (s,) for name, s in slices.items()}
+
+    def first_shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
+        """Its slice."""
+        return {name: (share,) for name, share in self._slices(plan).items()}
