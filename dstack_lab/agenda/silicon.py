@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dstack_lab.agenda.kernels import trace
 from dstack_lab.devices.green_driver import Driver, torch_with_cuda
 from dstack_lab.devices.green_ledger import SmLedger
 from dstack_lab.devices.green_smid import BLOCKS_PER_SM, CYCLES, MOST_SMS, SOURCE, THREADS
@@ -187,7 +188,9 @@ def kineto() -> dict[str, Any]:
     return {"keys": sorted(kernels[0]["args"]), "event": kernels[0], "device": content.get("deviceProperties")}
 
 
-ALL: dict[str, Callable[..., dict[str, Any]]] = {one.__name__: one for one in (sms, spin, green_cost, layout, graph, ipc, kineto)}
+ALL: dict[str, Callable[..., dict[str, Any]]] = {
+    one.__name__: one for one in (sms, spin, green_cost, layout, graph, ipc, kineto, trace)
+}
 
 
 def main(arguments: list[str]) -> int:
