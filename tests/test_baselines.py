@@ -195,21 +195,72 @@ class TestClipper:
         burst = plan(("a", 25, lab.Replay([0.0] * 10), 50.0, 1, step(100, lambda b: 10 * b)))
         assert lab.simulate(burst, lab.Clipper(), 10).launches["batch"].tolist() == [1, 2, 3, 2, 2]
 
-    def test_regression_steps_while_the_budget_allows_then_fits(self):
-        """2 + b ms, SLO 25. Steps at 0, 3, 7, 12 and 18, where 0.92 · 7 = 6.44 is more than 6; at 25 nothing is left of it."""
+    def test_regression_explores_while_the_budget_allows_then_drops_what_expired(self):
+        """2 + b ms, SLO 25. 1 was never seen, so 2 at once, five times; at 20 the budget of 0.92 · 5 = 4.6 is more than 4: 3.
+
+        They end at 25, when the rest is due.
+        """
         burst = plan(("a", 25, lab.Replay([0.0] * 30), 50.0, 1, step(100, lambda b: 2 + b, 16)))
         trace = lab.simulate(burst, lab.Clipper("regression"), 10)
-        assert [(row[0], row[3]) for row in log(trace)] == [(0, 1), (3, 2), (7, 3), (12, 4), (18, 5), (25, 1)]
-        assert dropped(trace) == 14  # expired at 28
+        assert [(row[0], row[3]) for row in log(trace)] == [(0, 2), (4, 2), (8, 2), (12, 2), (16, 2), (20, 3)]
+        assert dropped(trace) == 17
+
+    def test_regression_predicts_when_a_batch_took_longer_than_the_budget(self):
+        """2 · b ms: 1, 2 and 3 took up to 6. 6 ms left are a budget of 5.52, enough for 2.76; 7 are 6.44, more than ever."""
+        policy = lab.Clipper("regression")
+        policy.reset(plan(("a", 30, lab.Replay([0.0]), 50.0, 1, step(100, lambda b: 2 * b, 16))))
+        for batch in (1, 2, 3):
+            policy.learnt["a"].add(batch, 2.0 * batch)
+        view = type("View", (), {"name": "a", "batch_max": 16})
+        assert policy._most(view, 6.0) == 2
+        assert policy._most(view, 7.0) == 2  # the largest chosen, again until it was seen five times
+
+    def test_exploring(self):
+        line = Regression()
+        noise = np.random.default_rng(0)
+        assert line.explore(noise) == 2  # 1 was never seen
+        line.add(1, 2.0)
+        for _ in range(4):
+            assert line.explore(noise) == 1  # not seen five times yet
+            line.add(1, 2.0)
+        assert line.explore(noise) == 2
+        line.largest = 40
+        steps = [line.explore(noise) for _ in range(500)]
+        assert min(steps) == 40  # never smaller
+        assert np.mean(steps) == pytest.approx(44 - 0.5, abs=0.5)  # a tenth more, rounded down
 
     def test_a_straight_line(self):
         line = Regression()
         assert line.within(100) == 1
+        line.add(3, 5.0)
+        assert line.within(100) == line.within(1) == 3  # one point is no line
+        line = Regression()
         for batch in (1, 2, 4):
             line.add(batch, 2 + batch)
-        assert (line.within(10), line.within(2.5), line.largest, line.longest_ms) == (8, 1, 4, 6)
-        line.add(4, 8)  # now it scatters
-        assert line.within(10) < 6
+        assert (line.within(10), line.within(2.5), line.longest_ms) == (8, 1, 6)
+        line.add(4, 8.0)  # (3, 1), (4, 2), (7, 4): slope 57/78 through (14/3, 7/3)
+        assert line.within(10) == 6  # 6.23
+
+    def test_a_straight_line_keeps_away_from_what_scatters(self):
+        """Variance 0.8 of five batches of 2; pooled 4 · 0.8 / (5 - 3) = 1.6: 3.79 ms less to spend."""
+        line = Regression()
+        line.add(1, 3.0)
+        line.add(4, 6.0)
+        for took in (3.0, 5.0, 3.0, 5.0, 4.0):
+            line.add(2, took)
+        assert line.within(10) == 4  # 10 - 2 - 3.79
+        assert line.within(10.8) == 5
+
+    def test_regression_keeps_up_warm_and_collapses_near_saturation_as_published(self):
+        """Batches of 21 serve 840/s within half the SLO; at 500/s it learns in time, at 800/s its budget is always that of 1."""
+        times = table(4, 1, 100, 64)
+        mean = {}
+        for rate in (500, 800):
+            one = plan(("a", 50, lab.Poisson(rate), 100.0, 16, times))
+            mean[rate] = lab.summary(lab.simulate(one, lab.Clipper("regression"), 5000, seed=1)).iloc[-1]
+        assert mean[500]["slo_attainment"] > 0.99
+        assert mean[800]["slo_attainment"] < 0.1
+        assert mean[800]["mean_batch"] < 2
 
     def test_one_at_a_time_the_nearest_deadline_first(self):
         points = [("a", 90, lab.Replay([0, 1]), 50.0, 1, step(100, 10)), ("b", 30, lab.Replay([2]), 50.0, 1, step(100, 10))]

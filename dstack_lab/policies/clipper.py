@@ -15,6 +15,10 @@ from dstack_lab.state import INFINITE
 MODES = ("aimd", "regression")
 #: A batch that missed shrinks to this part; a batch is planned for this part of the time left.
 BACK_OFF, BUDGET = 0.9, 0.92
+#: Batches of one size that say enough of it; up to this size exploring adds 1, then a part of normal distribution.
+ENOUGH, ADDS, GROWS = 5, 10, (0.1, 0.05)
+#: One tick of the clock [ms]: a request due now is lost.
+TICK_MS = 1e-6
 
 
 class Clipper(Policy):
@@ -23,14 +27,18 @@ class Clipper(Policy):
     *Rule*, after Crankshaw et al. (NSDI 2017). ``mode="aimd"``, of the paper: one request more after a
     full batch that took no longer than the SLO, a tenth less after one that did. ``mode="regression"``,
     of the published code: the budget is 92 % of the time to the earliest deadline. If it is longer than
-    any batch has taken, try one request more than ever before (from 10 on about a tenth more, with
-    noise), else the largest batch whose mean + 3 standard deviations, by a straight line through all
-    batches so far, is within it. Requests already expired are dropped.
+    any batch has taken, explore: choose the largest batch ever chosen until that was seen five times (or
+    was too large for the queue), then one request more, from 10 on about a tenth more, with noise. Else
+    choose what a straight line predicts for the budget (`Regression`). Expired requests are dropped.
 
     *Needs to know* only SLOs: no profile. *Wins* where service times are unknown or drift. *Breaks* when
     networks cannot use the whole GPU; aimd because it looks at the time of a batch, not at the time a
     request has waited; regression because a queue whose oldest request is nearly due leaves a budget for
     one request, which is too slow to ever catch up: overloaded once, or cold under load, it stays there.
+
+    *Differs* from the published code, which fits its line by ridge regression (here by least squares), knows
+    no largest batch (here the largest that was profiled), and keeps a process for each network. Here they
+    take turns; side by side, in each other's way, the regression collapses at lower loads still.
 
     Parameters
     ----------
@@ -72,7 +80,7 @@ class Clipper(Policy):
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
         if self.drop_late is None and self.mode == "regression":
-            expired = [Drop(s.name, n) for s in state.services if s.oldest_deadline_ms < state.now_ms and (n := s.late())]
+            expired = [Drop(s.name, n) for s in state.services if s.oldest_deadline_ms <= state.now_ms and (n := s.late(TICK_MS))]
             if expired:
                 return [*expired, Wake(state.now_ms)]
         best = min(state.services, key=lambda s: s.due_ms)
@@ -94,10 +102,9 @@ class Clipper(Policy):
         if self.mode == "aimd":
             return self.batch[view.name]
         learnt, budget = self.learnt[view.name], BUDGET * left_ms
-        if budget <= learnt.longest_ms:
-            return learnt.within(budget)
-        seen = learnt.largest
-        return seen + 1 if seen < 10 else max(seen + 1, round(seen * self.rng.normal(1.1, 0.05)))
+        chosen = learnt.within(budget) if budget <= learnt.longest_ms else learnt.explore(self.rng)
+        learnt.largest = max(learnt.largest, min(chosen, view.batch_max))
+        return chosen
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """Only the whole GPU."""
@@ -105,27 +112,35 @@ class Clipper(Policy):
 
 
 class Regression:
-    """Least squares of service time on batch, from running sums."""
+    """A straight line of batch on service time: one point per size seen, at its mean + 3 pooled standard deviations."""
 
     def __init__(self) -> None:
-        self.n, self.largest, self.longest_ms = 0, 0, 0.0
-        self._b = self._t = self._bb = self._bt = self._tt = 0.0
+        self.largest, self.longest_ms = 1, 0.0  #: largest batch ever chosen, longest time ever taken
+        self._seen: dict[int, tuple[int, float, float]] = {}  # size -> how often, mean, sum of squares about it
 
     def add(self, batch: int, took_ms: float) -> None:
         """Count one more batch."""
-        self.n, self.largest, self.longest_ms = self.n + 1, max(self.largest, batch), max(self.longest_ms, took_ms)
-        self._b, self._t = self._b + batch, self._t + took_ms
-        self._bb, self._bt, self._tt = self._bb + batch**2, self._bt + batch * took_ms, self._tt + took_ms**2
+        n, mean, squares = self._seen.get(batch, (0, 0.0, 0.0))
+        step = (took_ms - mean) / (n + 1)
+        self._seen[batch] = (n + 1, mean + step, squares + n * (n + 1) * step**2)
+        self.longest_ms = max(self.longest_ms, took_ms)
+
+    def explore(self, rng: np.random.Generator) -> int:
+        """Batch to try: the largest so far until it was seen often enough, or if it never was, a larger one."""
+        largest = self.largest
+        if 0 < self._seen.get(largest, (0,))[0] < ENOUGH:
+            return largest
+        return largest + 1 if largest < ADDS else int(largest * (1 + max(rng.normal(*GROWS), 0.0)))
 
     def within(self, budget_ms: float) -> int:
-        """Largest batch whose mean + 3 standard deviations is within the budget, at least 1; 1 if no line can be drawn."""
-        spread = self._bb - self._b**2 / self.n if self.n else 0.0
-        if spread <= 1e-9:
+        """Batch that the line predicts for the budget, at least 1; without two different times, the mean of those seen."""
+        if not self._seen:
             return 1
-        slope = (self._bt - self._b * self._t / self.n) / spread
-        fixed = (self._t - slope * self._b) / self.n
-        rest = self._tt - fixed * self._t - slope * self._bt  # squared residuals
-        margin = 3 * math.sqrt(max(rest, 0.0) / self.n)
-        if slope <= 1e-12:
-            return self.largest if fixed + margin <= budget_ms else 1
-        return max(1, int((budget_ms - margin - fixed) / slope + 1e-9))
+        often = [(n, squares / n) for n, _, squares in self._seen.values() if n >= ENOUGH]
+        pooled = sum((n - 1) * variance for n, variance in often) / max(1, sum(n for n, _ in often) - len(self._seen))
+        times = np.array([mean for _, mean, _ in self._seen.values()]) + 3 * math.sqrt(pooled)
+        sizes = np.array([*self._seen], dtype=float)
+        away = times - times.mean()
+        spread = float(away @ away)
+        slope = float(away @ sizes) / spread if spread > 1e-12 else 0.0
+        return max(1, int(sizes.mean() + slope * (budget_ms - times.mean()) + 1e-9))
