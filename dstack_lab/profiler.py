@@ -204,7 +204,8 @@ class _Bench:
             last = [float(np.median(w["samples_ms"])) for w in windows[-2:]]
             stable = len(last) == 2 and abs(last[1] - last[0]) <= STABLE * last[1]
         used = windows[-2:] if stable else windows  # what came before was still settling
-        cores = self.device.cores_for(share) if isinstance(self.device, Cpu) else None
+        cores_for = getattr(self.device, "cores_for", None)
+        cores = None if cores_for is None else cores_for(share)
         granted = getattr(worker, "granted_sms", None)
         return digest(used, stable, cores) | ({} if granted is None else {"effective_sms": granted})
 

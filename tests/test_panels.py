@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,48 +227,14 @@ def test_every_slider_stands_beside_a_labelled_number_box(name):
         assert labelled.value == control.value
 
 
-def test_live_run_without_a_second_core_says_so():
-    panel = lab.panels.LiveRun()
-    panel.device = SimpleNamespace(shares=lambda: (100.0,), describe=lambda: "one core", mechanism="core sets")
-    panel.start()
-    assert not panel.running
-    assert "without a second core" in panel.facts()["message"]
-
-
-@pytest.mark.slow
-def test_live_run_runs_real_workers_and_leaves_none_behind():
-    rows = lab.Profile(
-        V100.table[(V100.table["model"] == "squeezenet1_1") & V100.table["gpu_pct"].isin([50, 100])].query("batch <= 2"),
-        V100.provenance,
-    )
-    panel = lab.panels.LiveRun([lab.Service("squeezenet1_1", 2000, lab.Poisson(3))], rows, lab.Temporal(), seconds=2)
-    panel.start()
-    panel.wait()
-    facts = panel.facts()
-    assert facts["state"] == "ended", facts
-    assert facts["launches"] > 0
-    panel.seconds.value = 60.0
-    panel.start()
-    panel.stop()
-    assert not panel.running
-    assert panel.facts()["state"].startswith("stopped")
-    assert workers() == []
-
-
-def workers():
-    """Worker processes of this test's own."""
-    import os
-    from pathlib import Path
-
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"dstack_lab.worker" in command and f"--parent={os.getpid()}".encode() in command:
-            found.append(folder.name)
-    return found
+@pytest.mark.parametrize(("given", "kept"), [(398.1071705534972, 398.0), (400.0, 400.0), (1234.5, 1234.5), (120.0, 120.0)])
+def test_a_logarithmic_slider_stands_on_round_numbers_and_keeps_what_is_typed(given, kept):
+    panel = lab.panels.BatchPlanner()
+    panel.rate_rps.value = given
+    assert panel.rate_rps.value == kept
+    panel.slo_ms.value = 55.00000000000001
+    assert panel.slo_ms.value == 55.0
+    assert panel.facts()["message"] == ""
 
 
 def test_show_brings_one_figure_up_to_another():

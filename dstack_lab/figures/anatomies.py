@@ -56,11 +56,11 @@ def anatomy(
     if table is None:
         table = model.breakdown(count("batch", batch), percent("gpu_pct", gpu_pct))
     title, origin = _titles(model, table, batch, gpu_pct)
-    made = style.figure(title, origin, width=width, height=520, right=90)
+    made = style.figure(title, origin, width=width, height=550, right=90)
     made.set_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.58, 0.42])
     made.update_layout(barmode="overlay", bargap=0.1, showlegend=True)
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12}})
-    made.update_layout(margin_t=made.layout.margin.t + 22)
+    made.update_layout(margin_t=made.layout.margin.t + 50)
     number = np.arange(1, len(table) + 1)
     made.update_xaxes(style.axis(None, range=[0.4, len(table) + 0.6], showgrid=False))
     made.update_xaxes(title_text="Kernel, in order of launch", row=2)

@@ -6,6 +6,7 @@ the browser keeps the two equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,11 +32,15 @@ class _Bounded:
     def _validate_value(self, proposal: Any) -> Any:
         value = proposal["value"]
         low, high = self.range()
-        kept = min(max(value, low), high)
+        kept = min(max(self.tidy(value), low), high)
         if self.say is not None:
             words = f"{self.field} = {value:g}: must be from {low:g} to {high:g}; took {kept:g}"
-            self.say(words if kept != value else "")
+            self.say("" if low <= value <= high else words)
         return kept
+
+    def tidy(self, value: Any) -> Any:
+        """Free a value of what the browser's arithmetic left on it."""
+        return value
 
     def range(self) -> tuple[float, float]:
         """Smallest and largest value."""
@@ -49,6 +54,10 @@ class WholeSlider(_Bounded, ipywidgets.IntSlider):
 class NumberSlider(_Bounded, ipywidgets.FloatSlider):
     """Slider over numbers."""
 
+    def tidy(self, value: Any) -> Any:
+        """A browser's 55.00000000000001 is 55."""
+        return float(f"{value:.10g}")
+
 
 class LogSlider(_Bounded, ipywidgets.FloatLogSlider):
     """Slider over numbers of very different size."""
@@ -56,6 +65,11 @@ class LogSlider(_Bounded, ipywidgets.FloatLogSlider):
     def range(self) -> tuple[float, float]:
         """Smallest and largest value; `min` and `max` are exponents."""
         return self.base**self.min, self.base**self.max
+
+    def tidy(self, value: Any) -> Any:
+        """Where the handle can stand, numbers are round: 10 ** 2.6 is 398. Any other number stays."""
+        steps = math.log(value, self.base) / self.step if value > 0 else 0.5
+        return float(f"{value:.3g}" if abs(steps - round(steps)) < 1e-9 else f"{value:.10g}")
 
 
 class Choice(ipywidgets.Dropdown):
@@ -115,14 +129,14 @@ def slider(
     log : bool
         Whether the slider is logarithmic.
     live : bool
-        Whether it reports while it is dragged, or once it is let go: for panels that simulate.
+        Whether a slider over whole numbers reports while it is dragged, or once it is let go: for panels that
+        simulate. Others always wait, or the browser would move what code or the number box sets to the next step.
     """
-    shared = {"readout": False, "tooltip": tooltip, "layout": _SLIDER, "continuous_update": live}
+    whole = not log and all(isinstance(x, int) for x in (low, high, value, step))
+    shared = {"readout": False, "tooltip": tooltip, "layout": _SLIDER, "continuous_update": live and whole}
     if log:
-        import math
-
         made: Any = LogSlider(min=math.log10(low), max=math.log10(high), value=value, step=step, **shared)
-    elif all(isinstance(x, int) for x in (low, high, value, step)):
+    elif whole:
         made = WholeSlider(min=low, max=high, value=value, step=step, **shared)
     else:
         made = NumberSlider(min=low, max=high, value=value, step=step, **shared)

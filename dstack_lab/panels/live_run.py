@@ -20,6 +20,7 @@ from dstack_lab.ledger import Ledger
 from dstack_lab.metrics import summary
 from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.panels.racing import Policies, named
+from dstack_lab.panels.stoppable import Stoppable
 from dstack_lab.policies import DStack, Temporal
 from dstack_lab.profiler import measure
 from dstack_lab.profiles import Profile
@@ -32,6 +33,8 @@ from dstack_lab.workloads import load_of, scaled
 #: What runs where nothing is asked for: small networks, at a part of what this machine can serve.
 MODELS, BATCHES, SLO_TIMES, LOAD = ("squeezenet1_1", "shufflenet_v2_x1_0"), (1, 2), 10, 0.4
 SLICES = 20
+#: States in which the thread of a run waits for workers, which it would do for seconds.
+WAITING = ("measuring this machine", "loading networks")
 
 
 class LiveRun(Panel):
@@ -81,6 +84,7 @@ class LiveRun(Panel):
         self._ledger: Ledger | None = None
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._workers: Stoppable | None = None
         self.policy = self._choice("policy", "Policy", list(self.policies), "Who decides what runs when")
         self.seconds = self._slider("seconds", "Length [s]", 1.0, 120.0, float(seconds), "Of the next run", live=False)
         self.start_button = ipywidgets.Button(description="Start", tooltip="Start workers and serve real requests")
@@ -109,6 +113,7 @@ class LiveRun(Panel):
         self.trace, self._ledger, self._rows_seen = None, None, np.empty((0, 7))
         self._length_s, self._said_policy = self.seconds.value, self.policy.value
         self._stopping.clear()
+        self._workers = Stoppable(self.device)
         self._enter("starting")
         self._thread = threading.Thread(target=self._go, name="dstack_lab LiveRun", daemon=True)
         self._thread.start()
@@ -117,6 +122,8 @@ class LiveRun(Panel):
         """End the run and its workers, and wait until they are gone."""
         self._stopping.set()
         if self._thread is not None:
+            if self._workers is not None and self._state in ("starting", *WAITING):
+                self._workers.stop()
             self._thread.join()
 
     def wait(self) -> None:
@@ -130,26 +137,30 @@ class LiveRun(Panel):
 
     def _go(self) -> None:
         try:
-            plan = self._planned()
+            assert self._workers is not None
+            plan = self._planned(self._workers)
             if self._stopping.is_set():
                 self._enter("stopped before it began")
                 return
             policy = self.policies[self._said_policy]
             length_ms = 1000 * self._length_s
             self._enter("loading networks")
-            self.trace = run(plan, policy, self.device, length_ms, seed=1, drain_ms=2000.0, watch=self._watch)
+            self.trace = run(plan, policy, self._workers, length_ms, seed=1, drain_ms=2000.0, watch=self._watch)
             self._enter("stopped" if self._stopping.is_set() else "ended")
         except Exception as error:
+            if self._stopping.is_set():  # its workers were killed
+                self._enter("stopped before it began")
+                return
             self._enter(f"failed: {type(error).__name__}: {error}")
 
-    def _planned(self) -> Plan:
+    def _planned(self, device: Device) -> Plan:
         """Measure this machine, if nobody has, and plan."""
         if self.profile is None:
             self._enter("measuring this machine")
             names = MODELS if self.services is None else tuple(dict.fromkeys(s.model for s in self.services))
             shares = self.device.shares()
             some = (shares[0], shares[len(shares) // 2], shares[-1])
-            self.profile = measure(list(names), device=self.device, batches=BATCHES, shares=some, progress=False)
+            self.profile = measure(list(names), device, BATCHES, some, progress=False)
         if self.services is None:
             slow = self.profile.table.groupby("model")["service_ms"].max()
             own = [Service(m, float(np.ceil(SLO_TIMES * slow[m])), Poisson(1.0)) for m in self.profile.models[:2]]
@@ -166,7 +177,7 @@ class LiveRun(Panel):
 
     def _enter(self, state: str) -> None:
         self._state = state
-        busy = state in ("starting", "loading networks", "measuring this machine", "running")
+        busy = state in ("starting", *WAITING, "running")
         self.start_button.disabled, self.stop_button.disabled = busy, not busy
         self._redraw()
 
