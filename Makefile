@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick notebooks check-notebooks figures profiles bench lint clean
+.PHONY: help demo lab test quick notebooks check-notebooks browser figures profiles bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ notebooks: .venv/.ready ## run the notebooks and save their outputs in place (AR
 
 check-notebooks: .venv/.ready ## run the notebooks and compare with their saved outputs
 	$(PY) -m pytest tests/test_notebooks_guard.py tests/test_notebooks.py $(ARGS)
+
+browser: .venv/.ready ## use every panel in JupyterLab in Chromium; pictures go to build/browser
+	$(PY) -m pytest tests/test_browser.py -rs $(ARGS)
 
 figures: .venv/.ready ## draw the pictures of README.md
 	$(PY) -m dstack_lab figures $(ARGS)

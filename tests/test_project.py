@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"playwright": "playwright-python", "torch": "pytorch"}
 
 
 def parsed(*lists: list[str]) -> dict[str, Requirement]:

@@ -1,0 +1,162 @@
+"""The panels as a reader meets them: in JupyterLab in a browser, by keyboard, in light and dark.
+
+Pictures of all of them are left in build/browser.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from browser import FLAGS, Lab, browser, lab_server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browser() is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "build" / "browser"
+PANELS = ("KneeExplorer", "BatchPlanner", "ModelAnatomy", "ScheduleExplorer", "PolicyRace")
+COURSE = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb") if "lab.panels." in path.read_text())
+WAIT_MS = 60_000
+
+#: What the marks of a panel's figure look like: lines, bars and pictures, without the frame.
+DRAWN = "plot => [...plot.querySelectorAll('.cartesianlayer, .gtitle')].map(part => part.innerHTML).join()"
+CONTROLS = "input, select, .noUi-handle, .jupyter-button"
+
+
+def written(folder: Path, name: str, *cells: str) -> str:
+    """Write a notebook of `cells`; return its name."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, folder / name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the notebooks lie that JupyterLab opens."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def lab(folder: Path) -> Iterator[Lab]:
+    """JupyterLab, one server and one page for all tests."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with lab_server(folder) as address, playwright.sync_playwright() as play:
+        with play.chromium.launch(executable_path=browser(), args=FLAGS.split()) as chromium:
+            page = chromium.new_page(viewport={"width": 1250, "height": 1100})
+            page.set_default_timeout(WAIT_MS)
+            yield Lab(page, address)
+
+
+def panel_in(book: Any, which: int = 0) -> Any:
+    """Return the panel of a notebook whose figure is drawn."""
+    panel = book.locator(".jp-OutputArea .widget-vbox").filter(has=book.page.locator(".js-plotly-plot")).nth(which)
+    panel.locator(".js-plotly-plot .main-svg").first.wait_for()
+    return panel
+
+
+def changed(panel: Any, before: str) -> bool:
+    """Whether the figure of a panel comes to differ from `before`."""
+    plot = panel.locator(".js-plotly-plot")
+    for _ in range(100):
+        if plot.evaluate(DRAWN) != before:
+            return True
+        panel.page.wait_for_timeout(100)
+    return False
+
+
+def moved(panel: Any, key: str = "PageUp") -> None:
+    """Move the first slider of a panel by keyboard: the figure and the words must follow."""
+    plot, words = panel.locator(".js-plotly-plot"), panel.locator("p").last
+    before, said = plot.evaluate(DRAWN), words.inner_text()
+    panel.locator(".noUi-handle").first.focus()
+    panel.page.keyboard.press(key)
+    assert changed(panel, before), "the figure did not follow the slider"
+    playwright.expect(words).not_to_have_text(said)
+
+
+def pictured(lab: Lab, panel: Any, name: str) -> None:
+    """Leave a picture of a panel in each theme."""
+    for theme in ("Light", "Dark"):
+        lab.theme(f"JupyterLab {theme}")
+        panel.screenshot(path=PICTURES / f"{name}-{theme.lower()}.png")
+    lab.theme("JupyterLab Light")
+
+
+def reached(panel: Any) -> tuple[int, int]:
+    """Walk through a panel with the tab key: controls that were met, controls that there are."""
+    controls = panel.locator(CONTROLS)
+    controls.first.focus()
+    mark = f"[...document.activeElement.closest('.widget-vbox').querySelectorAll('{CONTROLS}')].indexOf(document.activeElement)"
+    count = panel.locator(f":is({CONTROLS}):enabled").count()
+    met = set()
+    for _ in range(count):
+        met.add(panel.page.evaluate(mark))
+        panel.page.keyboard.press("Tab")
+    return len(met - {-1}), count
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_panel(lab, folder, name):
+    file = written(folder, f"{name}.ipynb", "import dstack_lab as lab", f"panel = lab.panels.{name}()\npanel")
+    with lab.notebook(file) as book:
+        panel = panel_in(book)
+        moved(panel)
+        met, count = reached(panel)
+        assert met == count
+        pictured(lab, panel, name)
+        assert panel.get_by_label("Share chart").count() == 0
+
+
+def test_late_requests_are_red_and_hatched(lab, folder):
+    panel = (
+        "panel = lab.panels.ScheduleExplorer(policies=lab.Temporal())\npanel.load.value = 1.2\npanel.start_ms.value = 800\npanel"
+    )
+    with lab.notebook(written(folder, "late.ipynb", "import dstack_lab as lab", panel)) as book:
+        panel = panel_in(book)
+        assert panel.locator(".barlayer path[style*='pattern'], .barlayer path[style*='url']").count() > 0
+        pictured(lab, panel, "ScheduleExplorer-late")
+
+
+def test_live_run_starts_and_stops(lab, folder):
+    file = written(folder, "LiveRun.ipynb", "import dstack_lab as lab", "panel = lab.panels.LiveRun()\npanel")
+    with lab.notebook(file) as book:
+        panel = panel_in(book)
+        met, count = reached(panel)
+        assert met == count
+        panel.get_by_role("button", name="Start").press("Enter")
+        playwright.expect(panel.locator(".gtitle")).to_contain_text("measuring")
+        pictured(lab, panel, "LiveRun")
+        panel.get_by_role("button", name="Stop").press("Enter")
+        playwright.expect(panel.locator(".gtitle")).to_contain_text("stopped before it began")
+
+
+def test_two_panels_and_a_new_kernel(lab, folder):
+    cells = ["import dstack_lab as lab", "lab.panels.KneeExplorer()", "lab.panels.BatchPlanner()"]
+    with lab.notebook(written(folder, "two.ipynb", *cells)) as book:
+        for _ in range(2):
+            first, second = panel_in(book), panel_in(book, 1)
+            untouched = second.locator(".js-plotly-plot").evaluate(DRAWN)
+            moved(first)
+            assert second.locator(".js-plotly-plot").evaluate(DRAWN) == untouched
+            moved(second)
+            lab.restart()
+            lab.run()
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_notebook_of_the_course(lab, folder, name):
+    shutil.copy(ROOT / "notebooks" / name, folder / name)
+    with lab.notebook(name) as book:
+        panel = panel_in(book)
+        moved(panel)
+        pictured(lab, panel, Path(name).stem)
+    assert json.loads((folder / name).read_text())["metadata"].get("widgets") is None
