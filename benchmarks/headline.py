@@ -38,13 +38,18 @@ def all_policies() -> dict[str, lab.Policy]:
     return {kind.__name__: kind() for kind in found if kind is not lab.Policy}
 
 
-def figures(profile: str, workload: str, policy: lab.Policy, quick: bool, admission: str) -> dict[str, object]:
-    """One row of the table; a policy that breaks a rule says so instead of ending the benchmark."""
+def setting(profile: str, workload: str, quick: bool) -> tuple[lab.Profile, tuple[lab.Service, ...], tuple[float, ...], float]:
+    """Profile, services at load 1, the shares that the GPU grants, and the length of a run [ms]."""
     table = lab.load_profile(profile)
     shares = lab.gpu_specs.SPECS[profile.removesuffix("-simulated")].shares()
     services = lab.workload(workload, table, load=1, shares=shares)
     least, most, requests = RUNS[quick]
-    duration_ms = min(most, max(least, 1000 * requests / sum(s.rate_rps for s in services)))
+    return table, services, shares, min(most, max(least, 1000 * requests / sum(s.rate_rps for s in services)))
+
+
+def figures(profile: str, workload: str, policy: lab.Policy, quick: bool, admission: str) -> dict[str, object]:
+    """One row of the table; a policy that breaks a rule says so instead of ending the benchmark."""
+    table, services, shares, duration_ms = setting(profile, workload, quick)
     same = {"seeds": SEEDS[quick], "duration_ms": duration_ms, "admission": admission, "shares": shares}
     try:
         highest = lab.max_load(policy, services, table, **same, **SEARCH[quick])
@@ -77,6 +82,17 @@ def against_others(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def ceilings(best: pd.DataFrame, quick: bool) -> pd.DataFrame:
+    """What the requests themselves forbid, per workload."""
+    rows = []
+    for row in best.itertuples():
+        table, services, shares, duration_ms = setting(row.profile, row.workload, quick)
+        top = lab.ceiling(services, table, seeds=SEEDS[quick], duration_ms=duration_ms, shares=shares)
+        part = row.DStack / min(1.0, top.load)
+        rows.append({"profile": row.profile, "workload": row.workload, "ceiling": top.load, "DStack of it": part})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,6 +122,8 @@ def main() -> None:
     print("\nDStack beside the others; '-' where it has no plan for that load")
     print(best.round(3).to_string(index=False, na_rep="-"))
     print(f"\nMedian max_load of DStack over workloads: {best['DStack'].median():.3f} of the bound")
+    print("\nHighest load that no schedule can pass, knowing when requests come (lab.ceiling), and DStack's part of it")
+    print(ceilings(best, chosen.quick).round(3).to_string(index=False))
     for row in table[table["sustained"] < table["max_load"]].itertuples():
         where = f"{row.policy} on {row.workload}, {row.profile}"
         print(f"{where}: holds up to {row.sustained:.3g}, fails somewhere above it, holds again up to {row.max_load:.3g}")

@@ -35,6 +35,7 @@ _HOMES = {
     "experiments": ("compare", "sweep"),
     "ablation": ("ablate",),
     "capacity": ("MaxLoad", "max_load"),
+    "ceilings": ("Ceiling", "ceiling"),
     "validation": ("validate",),
     "cluster": ("Cluster", "LeastWork", "Placement", "Random", "RoundRobin", "cluster_bound", "place", "simulate_cluster"),
     "profiler": ("measure",),

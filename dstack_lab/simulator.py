@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
@@ -15,7 +15,7 @@ from dstack_lab.contention import Contention, Load
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.policies.base import Policy
 from dstack_lab.provenance import Provenance, versions_here
-from dstack_lab.services import Allocation, Plan
+from dstack_lab.services import Allocation, Plan, Service
 from dstack_lab.state import NEVER_NS, NS_PER_MS, Launch
 from dstack_lab.traces import Trace
 from dstack_lab.turns import END, READY, RuleBroken, Turns
@@ -26,9 +26,14 @@ STALL_SLOS = 10
 
 
 def sample_arrivals(plan: Plan, duration_ms: float, seed: int) -> list[NDArray[np.float64]]:
+    """Arrival times of each service of a plan [ms]; see `draw_arrivals`."""
+    return draw_arrivals(plan.services, duration_ms, seed)
+
+
+def draw_arrivals(services: Sequence[Service], duration_ms: float, seed: int) -> list[NDArray[np.float64]]:
     """Arrival times of each service [ms]: one seed, one stream per service, whatever the policy."""
-    streams = np.random.SeedSequence(seed).spawn(len(plan.services))
-    return [s.arrivals.sample(duration_ms, np.random.default_rng(q)) for s, q in zip(plan.services, streams, strict=True)]
+    streams = np.random.SeedSequence(seed).spawn(len(services))
+    return [s.arrivals.sample(duration_ms, np.random.default_rng(q)) for s, q in zip(services, streams, strict=True)]
 
 
 def open_ledger(plan: Plan, policy: Policy, duration_ms: float, seed: int) -> Ledger:

@@ -29,7 +29,7 @@ FLOORS: dict[float, str] = {
     4: "devices simulator",
     4.4: "starter",
     4.5: "cuda_backend fleet trials",
-    5: "capacity cluster experiments session validation worker",
+    5: "capacity ceilings cluster experiments session validation worker",
     5.5: "ablation",
     6: "profiler runner",
     6.5: "agenda",
