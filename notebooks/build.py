@@ -35,6 +35,8 @@ def clean(notebook: NotebookNode) -> NotebookNode:
             data.pop(WIDGET_VIEW, None)  # the id of a widget that no longer exists
             if PLOTLY in data:
                 data.pop("image/png", None)  # the same picture once more
+            if output.output_type == "error":
+                output.traceback = [f"{output.ename}: {output.evalue}"]  # the rest holds paths of this machine
         cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     return notebook
 

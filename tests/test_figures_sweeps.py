@@ -88,3 +88,16 @@ def test_gains_show_means_and_intervals(table):
 def test_what_does_not_fit_is_named(table, draw, says):
     with pytest.raises(ValueError, match=says):
         draw(table)
+
+
+def test_a_placement_is_drawn_as_its_replicas(profile):
+    services = lab.workload("C-3", profile, load=1.1)
+    placed = lab.place(services, lab.Cluster(gpus=2))
+    made = lab.figures.placement(placed)
+    drawn = {}
+    for bar in made.data:
+        for row, x in zip(bar.y, bar.x, strict=True):
+            drawn[placed.cluster.names[row], bar.name.removesuffix("*")] = x
+        assert bar.name.endswith("*") == (len(placed.of(bar.name.removesuffix("*"))) > 1)
+    assert drawn == {(r.gpu, r.service): r.demand_pct for r in placed.replicas}
+    assert "simulated" in made.layout.title.subtitle.text

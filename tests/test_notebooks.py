@@ -141,9 +141,11 @@ def test_clean_drops_what_does_not_last():
         new_output("display_data", {PLOTLY: {"data": []}, "image/png": "AA=="}),
         new_output("display_data", {WIDGET_VIEW: {}}),
         new_output("stream", text="30 %\n"),
+        new_output("error", ename="ValueError", evalue="no", traceback=["File a/path/of/this/machine.py", "ValueError: no"]),
     ]
     builder.clean(notebook)
     assert notebook.metadata == {"language_info": {"name": "python"}}
     assert cell.metadata == {"tags": ["nbval-ignore-output"]}
     assert cell.execution_count == cell.outputs[0].execution_count == 1
-    assert [list(output.get("data", {})) for output in cell.outputs] == [["text/plain", "image/png"], [PLOTLY], []]
+    assert [list(output.get("data", {})) for output in cell.outputs] == [["text/plain", "image/png"], [PLOTLY], [], []]
+    assert cell.outputs[-1].traceback == ["ValueError: no"]

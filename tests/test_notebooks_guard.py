@@ -89,6 +89,7 @@ def problems_of_outputs(cell: Cell) -> list[str]:
         if PLOTLY in data and IGNORED not in tags(cell):
             found.append(f"draws a figure without tag {IGNORED}")
         shown = [text(output.get("text", "")), text(data.get("text/plain", "")), text(data.get("text/html", ""))]
+        shown += output.get("traceback", [])
         if any(map(MACHINE_PATH.search, shown)):
             found.append("shows a path of the machine it ran on")
     return found

@@ -8,6 +8,7 @@ from dstack_lab.figures.choices import choices, choose, static_choices
 from dstack_lab.figures.curves import batches, knee
 from dstack_lab.figures.latencies import latency
 from dstack_lab.figures.periods import period
+from dstack_lab.figures.placements import placement
 from dstack_lab.figures.plans import plan
 from dstack_lab.figures.progress import PANES, Progress, progress, static_progress
 from dstack_lab.figures.races import comparison
@@ -35,6 +36,7 @@ __all__ = [
     "loads",
     "period",
     "place",
+    "placement",
     "plan",
     "progress",
     "raster",
