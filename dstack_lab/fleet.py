@@ -74,6 +74,8 @@ class Fleet:
         self.lost: set[tuple[str, float]] = set()
         self.by_fd: dict[int, Member] = {}
         self.restarting = False  #: all workers are being ended
+        #: No worker stands in for another: all are there, and a lost one means that those in its process are too.
+        self.exact = getattr(device, "prepares_all", False)
         self.most: float = device.most_workers() if hasattr(device, "most_workers") else math.inf
         self.starter = Starter(device, seed, options or {})
         self._made = {s.name: (s.model, _warm(t.batch_max)) for s, t in zip(plan.services, plan.tables, strict=True)}
@@ -104,11 +106,19 @@ class Fleet:
         return [member for member in self.members.values() if member.service == service]
 
     def serves(self, service: str) -> bool:
-        """Whether a worker of a service is ready, busy or not."""
+        """Whether a worker of a service is ready, busy or not; all of them, where none stands in for another."""
+        if self.exact:
+            return (
+                not self.hopeless(service)
+                and all(m.ready for m in self.of(service))
+                and not any(name == service for name, _ in self.coming)
+            )
         return any(member.ready for member in self.of(service))
 
     def hopeless(self, service: str) -> bool:
-        """Whether a service has no worker, and none will come."""
+        """Whether a service has no worker, and none will come; or one too few, where none stands in for another."""
+        if self.exact:
+            return any(name == service for name, _ in self.lost)
         return not self.of(service) and not any(name == service for name, _ in self.coming)
 
     def find(self, service: str, gpu_pct: float, room_pct: float) -> Member | None:
@@ -123,6 +133,7 @@ class Fleet:
             Share that is free beside it.
         """
         idle = [m for m in self.of(service) if m.ready and m.launch < 0 and m.gpu_pct <= gpu_pct + room_pct]
+        idle = [m for m in idle if m.gpu_pct == gpu_pct] if self.exact else idle
         below = [m for m in idle if m.gpu_pct <= gpu_pct]
         return max(below, key=lambda m: m.gpu_pct) if below else min(idle, key=lambda m: m.gpu_pct, default=None)
 

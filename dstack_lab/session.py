@@ -163,10 +163,7 @@ class Session:
                 member.ready, member.starts, member.used_ns = True, 0, self.state.now_ns
                 kind = "standby ready" if member.order.standby else "worker ready"
                 self._event(kind, member.service, f"pid {member.worker.pid}, {member.gpu_pct:g} %")
-                view = self.state.by_name[member.service]
-                self.ledger.show(view)
-                self.turns.expect(view)
-                ask = True
+                ask = self._show(member.service) or ask
             else:  # error or failed
                 self._fail(member, str(message.get("error", reply)).replace("_", " "), str(message.get("message", "")))
                 return True
@@ -241,6 +238,14 @@ class Session:
         if doubt:
             self.doubted[view.name] = end
         self.turns.expect(view)
+
+    def _show(self, service: str) -> bool:
+        """Let the policy see a service again once it can be served; return whether it can."""
+        if not self.fleet.serves(service):
+            return False
+        self.ledger.show(view := self.state.by_name[service])
+        self.turns.expect(view)
+        return True
 
     def _hide(self, service: str) -> None:
         """Show the policy no queue that nobody can serve."""

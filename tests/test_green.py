@@ -25,6 +25,7 @@ from dstack_lab.devices.green import Green, GroupLeases, Proof, SmLedger, pick
 from dstack_lab.devices.green_backend import GreenBackend
 from dstack_lab.devices.green_driver import Driver, GreenError, Layout, layout_of, read_layout
 from dstack_lab.devices.green_graphs import Captured, GraphPool
+from dstack_lab.devices.mps_keeper import wait_gone
 from dstack_lab.worker import CpuBackend
 
 FAKES = Path(__file__).parent / "fakes"
@@ -667,6 +668,51 @@ def test_a_lost_process_is_replaced_and_no_request_is_lost(sleepers, deed):
     assert served.mean() > 0.5
     assert set(trace.requests.loc[~served, "outcome"]) <= {"dropped"}  # by the policy: too late
     assert ((trace.requests["answer"] >= 0) == served).all()
+
+
+def test_a_batch_that_never_fits_in_memory_is_given_up_and_the_others_go_on(sleepers):
+    rows = [(m, b, g, 5.0) for m in ("glutton-5", "sleep-5") for b in (1, 2) for g in (48.48, 100.0)]
+    profile = lab.Profile(
+        pd.DataFrame(rows, columns=["model", "batch", "gpu_pct", "service_ms"]), lab.Provenance("simulated", "Fake GPU", "model")
+    )
+    plan = lab.optimize([lab.Service(m, 5000, lab.Poisson(40)) for m in ("glutton-5", "sleep-5")], profile)
+    pids = set()
+
+    class Noting(lab.Temporal):
+        def decide(self, state):
+            pids.update(host.process.pid for host in green_process.Host._live.values())
+            return super().decide(state)
+
+    trace = lab.run(plan, Noting(), sleepers, duration_ms=500, seed=1, drain_ms=30_000)
+    assert (trace.requests.loc[trace.requests["service"] == "sleep-5", "outcome"] == "served").all()
+    mine = trace.requests[trace.requests["service"] == "glutton-5"].reset_index(drop=True)
+    assert mine.loc[3, "outcome"] == "dropped"  # the fourth request never fits; its batch may have held one or two
+    assert (mine["outcome"] == "dropped").sum() <= 2
+    kinds = ["out of memory", "retried", "worker ready", "out of memory", "gave up", "worker ready"]
+    assert trace.events["kind"].tolist() == kinds
+    assert set(trace.events["service"]) == {"glutton-5"}
+    assert len(pids) == 1  # one tenant went, the process stayed
+
+
+def test_ctrl_c_in_a_run_leaves_no_process(sleepers):
+    code = """import sys; sys.path.insert(0, 'tests')
+import test_green as t; from test_green import green, green_process, lab, FakeCuda, Green, read_layout, sleepy_plan
+green.layout_of = lambda device, fine: read_layout(device, fine, FakeCuda())
+green_process.BACKEND = "fake_cuda:Sleeper"
+class Loud(lab.DStack):
+    def decide(self, state):
+        print(*(host.process.pid for host in green_process.Host._live.values()), flush=True)
+        return super().decide(state)
+lab.run(sleepy_plan(), Loud(), Green(), duration_ms=60_000, seed=1)"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=FAKES.parents[1], start_new_session=True
+    ) as owner:
+        (pid,) = map(int, owner.stdout.readline().split())
+        os.killpg(owner.pid, signal.SIGINT)  # as a terminal does
+        said = owner.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in said
+    assert not wait_gone(pid, 0, 20)
 
 
 def test_a_forgotten_worker_leaves_nothing_running(sleepers):

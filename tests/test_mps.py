@@ -641,6 +641,142 @@ def test_measure_and_run_need_not_know_the_device(machine, tmp_path):
     assert trace.requests["finish_ms"].notna().all()
 
 
+class Meanwhile:
+    """Mixed into a policy: calls `deed` once, when the run is `at_ms` old."""
+
+    at_ms, deed = 150.0, None
+
+    def decide(self, state):
+        if self.deed is not None and state.now_ms > self.at_ms:
+            self.deed, deed = None, self.deed
+            deed()
+        return super().decide(state)
+
+
+def run_with(deed, device, **options):
+    """Two services under MPS while `deed` is done to them; both finish whatever it is."""
+    import dstack_lab as lab
+
+    models = ("alexnet", "resnet18")
+    rows = [{"model": m, "batch": b, "gpu_pct": g, "service_ms": 3.0} for m in models for b in (1, 2, 4) for g in (50, 100)]
+    profile = lab.Profile(pd.DataFrame(rows), lab.Provenance("measured", "fake", "MPS"))
+    plan = lab.optimize([lab.Service(m, 500, lab.Deterministic(50)) for m in models], profile)
+    policy = type("Watched", (Meanwhile, lab.Temporal), {})()
+    policy.deed = deed
+    return lab.run(plan, policy, device, 600, seed=1, drain_ms=60_000, **options)
+
+
+def served_once(trace):
+    """Every request has its own answer: the fake network says the number of its input."""
+    assert (trace.requests["outcome"] == "served").all()
+    for _, mine in trace.requests.groupby("service", observed=True):
+        assert mine["answer"].tolist() == list(range(len(mine)))
+    return trace.events["kind"].tolist()
+
+
+@pytest.mark.slow
+def test_a_daemon_that_dies_in_a_run_is_started_anew_with_all_workers(machine):
+    with Mps() as device:
+        pids = []
+
+        def kill():
+            pids.append(device._daemon().pid)
+            os.kill(pids[0], signal.SIGKILL)
+
+        trace = run_with(kill, device)
+        kinds = served_once(trace)
+        assert kinds.count("all workers lost") == 1
+        assert trace.events["detail"].iloc[0] == "the MPS daemon died under its workers"
+        assert kinds.count("worker ready") == 2
+        assert device._daemon().pid != pids[0]
+        assert sum(line.startswith("-d") for line in machine.asked()) == 2
+        assert set(trace.launches["effective_sms"]) == {132}  # nobody computed outside MPS meanwhile
+
+
+@pytest.mark.slow
+def test_a_server_in_fault_is_started_anew_with_all_workers(machine, tmp_path):
+    fault = tmp_path / "fault"
+    machine(FAKE_FAULT=str(fault))
+    with Mps() as device:
+        trace = run_with(fault.touch, device)
+    kinds = served_once(trace)
+    assert kinds.count("all workers lost") == 1
+    assert "(807)" in trace.events.loc[trace.events["kind"] == "all workers lost", "detail"].iloc[0]
+    assert not fault.exists()
+
+
+@pytest.mark.slow
+def test_a_daemon_that_does_not_start_again_ends_the_run_with_its_trace(machine):
+    import dstack_lab as lab
+
+    with Mps() as device:
+
+        def kill():
+            machine(FAKE_MPS="status244")
+            os.kill(device._daemon().pid, signal.SIGKILL)
+
+        with pytest.raises(lab.RunError, match=r"cannot load libcuda\.so\.1 .*3 times in a row") as caught:
+            run_with(kill, device)
+        outcomes = caught.value.trace.requests["outcome"].value_counts()
+        assert outcomes["served"] > 0
+        assert outcomes["unserved"] > 0
+        assert outcomes["dropped"] == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_runs_out_of_memory_is_replaced_and_its_batch_tried_again(machine, tmp_path):
+    full = tmp_path / "full"
+    machine(FAKE_FULL=str(full))
+    with Mps() as device:
+        trace = run_with(full.touch, device)
+    assert served_once(trace) == ["out of memory", "retried", "worker ready"]
+    assert "a smaller batch, fewer workers, or a higher memory_mib" in trace.events["detail"].iloc[0]
+    assert sum(line.startswith("-d") for line in machine.asked()) == 1  # its own fault: the others go on
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_run_leaves_neither_worker_nor_daemon(machine):
+    code = """import sys; sys.path[:0] = ['tests', 'tests/fakes']
+from test_mps import Mps, run_with
+run_with(lambda: print("in the run", flush=True), Mps(), hung_ms=60_000)"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=FAKES.parents[1],
+        start_new_session=True,
+    ) as owner:
+        assert owner.stdout.readline() == "in the run\n"
+        workers = mps_keeper.children(owner.pid)
+        assert len(workers) >= 3  # two workers and the keeper
+        os.killpg(owner.pid, signal.SIGINT)  # as a terminal does
+        said = owner.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in said
+    assert not any(mps_keeper.wait_gone(pid, 0, 20) for pid in workers)
+    asked = machine.asked()
+    assert asked[-1] == "quit -t 10"
+    assert sum(line.startswith("terminate_client") for line in asked) == 2  # nobody was killed under the server
+
+
+@pytest.mark.slow
+def test_the_parent_opens_no_gpu_while_it_measures_and_runs(machine):
+    """Neither torch nor a CUDA library is in the process that measures and runs."""
+    code = """import sys; sys.path.insert(0, 'tests')
+import pandas, dstack_lab as lab; from dstack_lab.devices.mps import Mps
+with Mps() as device:
+    profile = lab.measure(['alexnet'], device=device, batches=[1, 2], shares=[50, 100], seconds_per_point=0.05)
+    plan = lab.optimize([lab.Service('alexnet', slo_ms=500, arrivals=lab.Poisson(rate_rps=50))], profile)
+    lab.run(plan, lab.DStack(), device=device, duration_ms=300, seed=1)
+maps = open('/proc/self/maps').read()
+print('torch' in sys.modules, 'cuda' in sys.modules, 'libcuda' in maps, 'libcudart' in maps)"""
+    env = {**os.environ, "PYTHONPATH": str(FAKES)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=FAKES.parents[1], env=env, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["False False False False"], done.stderr
+
+
 @pytest.mark.slow
 def test_a_killed_owner_leaves_neither_worker_nor_daemon(machine):
     code = """import os; from dstack_lab.devices.mps import Mps

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import types
+from pathlib import Path
 
 
 class FakeCuda:
@@ -16,6 +17,7 @@ class FakeCuda:
         env = {key: value for key, value in os.environ.items() if key.startswith(("CUDA_", "DSTACK_LAB_"))}
         if message := os.environ.get("FAKE_CUDA_ERROR"):
             raise RuntimeError(message)
+        self.fail()
         granted = round(float(env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) * 132 / 100 - 0.5) // 2 * 2
         granted += int(os.environ.get("FAKE_EXTRA_SMS", "0"))
         return {"granted_sms": granted, "mps": os.environ.get("FAKE_OUTSIDE") is None, "env": env}
@@ -26,7 +28,16 @@ class FakeCuda:
     def cap_memory(self, memory_mib):
         pass
 
+    def fail(self):
+        """As all clients do while the server is in FAULT, or the next one that finds memory full."""
+        if Path(os.environ.get("FAKE_FAULT", "none")).exists():
+            raise RuntimeError("CUDA error: MPS server is not ready to accept new clients")
+        if (full := Path(os.environ.get("FAKE_FULL", "none"))).exists():
+            full.unlink()
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
     def run(self, inputs):
+        self.fail()
         time.sleep(0.002)
         return [[i, 0.0] for i in inputs]
 

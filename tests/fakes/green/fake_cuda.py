@@ -108,7 +108,7 @@ class Sleeper(GreenBackend):
         self.used_graph = self.groups in self.homes
         with self.hold():
             kind, _, number = self.options.model.rpartition(":")[2].partition("-")
-            if kind == "oom" and len(inputs) > 1:
+            if (kind == "oom" and len(inputs) > 1) or (kind == "glutton" and 3 in inputs):
                 raise MemoryError("CUDA out of memory")
             if kind == "fault" and len(inputs) > 1:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
