@@ -203,6 +203,13 @@ class TestDStack:
         assert attained["modest"] > 0.9
         assert attained["greedy"] > 0.2
 
+    def test_overload_is_served_in_full_batches_of_what_is_not_lost(self):
+        """16 requests at 0, due at 25: 4 in 10 ms each; at 20 the rest, which would end at 30, is dropped. It starts afresh."""
+        one = at_rates(plan(("a", 25, lab.Replay([0.0] * 16 + [40.0] * 4), 100.0, 4, flat(10)), shares=(100.0,)), 200)
+        trace = lab.simulate(one, lab.DStack(planned=False, patience=0, reject=True), 50)
+        assert [row[:2] + row[4:5] for row in log(trace)] == [(0, 10, 4), (10, 20, 4), (40, 50, 4)]
+        assert trace.requests["outcome"].tolist() == ["served"] * 8 + ["dropped"] * 8 + ["served"] * 4
+
     def test_a_burst_is_served_in_batches_of_what_waits(self):
         one = at_rates(plan(("a", 100, lab.Replay([0.0] + [10.0] * 6), 50.0, 4, flat(10, 8)), shares=(50.0, 100.0)), 10)
         batches = lab.simulate(one, lab.DStack(planned=False, patience=0), 20).launches["batch"].tolist()

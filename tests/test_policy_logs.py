@@ -8,6 +8,8 @@ of D-STACK in test_policies.py.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from builders import plan
@@ -128,6 +130,16 @@ def written(trace: lab.Trace) -> str:
     lost = trace.requests.loc[trace.requests["outcome"] == "dropped", "service"].value_counts()
     drops = [f"{name} dropped {lost[name]}" for name in ("a", "b") if lost[name]]
     return "; ".join(", ".join(part) for part in (launches, drops) if part)
+
+
+@pytest.mark.parametrize("policy", [*dict.fromkeys(type(p) for p in POLICIES.values()), lab.DStack, lab.AdaptiveDStack])
+def test_a_policy_says_what_it_is(policy):
+    """Its rule and source, what it needs to know, when it wins and when it breaks."""
+    said = policy.__doc__
+    assert re.search(r"\*Rule\*|1\. \*Planned\*|At the end of every period", said)
+    assert re.search(r"\b(19|20)\d\d\b|documented", said), "a source"
+    for word in ("*Needs to know*", "*Wins*", "*Breaks*"):
+        assert word in said, word
 
 
 @pytest.mark.parametrize("name", POLICIES)

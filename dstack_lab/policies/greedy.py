@@ -15,7 +15,8 @@ class MaxThroughput(Policy):
     """Greedy: whoever serves most requests per GPU% and ms goes first.
 
     *Rule*: of the ready batches that fit into the free GPU%, at the plan's shares, launch the one with
-    the largest b/(g·L), again and again. A service runs one batch at a time.
+    the largest b/(g·L), again and again: the greedy order of Dantzig (1957) for a knapsack. A service runs
+    one batch at a time.
 
     *Needs to know* service times. *Wins* in requests per second, all services together, and nothing
     else. *Breaks* fairness: under overload expensive networks starve.
@@ -61,9 +62,10 @@ class MaxThroughput(Policy):
 class MaxMin(MaxThroughput):
     """Max-min fair: whoever received least GPU time goes first, and is waited for.
 
-    *Rule*: of the ready services, the one that received least GPU%·ms over the last 10 periods (a period
-    is the longest SLO) launches at the plan's share. If its share is not free yet, nobody passes it, so a
-    service with a large share is not starved by those with small ones.
+    *Rule*, after max-min fairness (Bertsekas and Gallager, Data Networks, 1992): of the ready services,
+    the one that received least GPU%·ms over the last 10 periods (a period is the longest SLO) launches at
+    the plan's share. If its share is not free yet, nobody passes it, so a service with a large share is
+    not starved by those with small ones.
 
     *Needs to know* service times. *Wins* in fairness: backlogged services get equal GPU time. *Breaks*
     in efficiency: GPU% idles while the least served waits for its share, and equal GPU time is not

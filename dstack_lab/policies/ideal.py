@@ -31,7 +31,8 @@ class KernelTimes(Protocol):
 class Ideal(Policy):
     """Kernels, not batches, get shares; the earliest deadline first. What real schedulers are measured by.
 
-    *Rule*: each kernel runs at the share where one more GPU% is worth its price, the same price for all
+    *Rule*, our own, of the ideal that the abstract of D-STACK (Dhakal, Kulkarni, Ramakrishnan, IEEE TCC
+    2024) names: each kernel runs at the share where one more GPU% is worth its price, the same price for all
     kernels of a batch; the price is chosen so that a batch takes the mean share it was given. Shares
     change between kernels at no cost. Services launch earliest deadline first, with one batch each at a
     time, at the cheapest mean share that meets the SLO or at what is left of the GPU if that is in time.

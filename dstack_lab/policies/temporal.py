@@ -10,8 +10,10 @@ from dstack_lab.state import INFINITE
 class Temporal(Policy):
     """One batch at a time at 100 GPU%, earliest deadline first.
 
-    The batch of a service is the largest b with ``2 · L(b, 100 %) <= SLO``: a request that just misses
-    a launch is still in time with the next. Work-conserving: an idle GPU takes what waits.
+    *Rule*: of the services with a batch ready, the one whose oldest request is due first (Liu and Layland,
+    1973, without preemption) takes the whole GPU until its batch ends. The batch is the largest b with
+    ``2 · L(b, 100 %) <= SLO``, the saturated batch of Nexus (SOSP 2019): a request that just misses a
+    launch is still in time with the next. Work-conserving: an idle GPU takes what waits, it never drops.
 
     *Needs to know* the service times at 100 %. *Wins* when networks use the whole GPU, or when one
     service is alone. *Breaks* when networks cannot use the GPU: their knees lie below 100 %, and what

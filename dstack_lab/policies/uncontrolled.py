@@ -13,8 +13,9 @@ BATCHES = ("alone", "plan", "adaptive")
 class Uncontrolled(Policy):
     """Each service launches as if it were alone, at 100 GPU%, whatever runs beside it.
 
-    *Rule*: a service without a batch in flight takes what waits, up to its batch. That is the default of
-    NVIDIA's Multi-Process Service: processes share the GPU, nobody divides it.
+    *Rule*: a service without a batch in flight takes what waits, up to its batch; it never drops. That is
+    the documented default of NVIDIA's Multi-Process Service (no ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE``):
+    processes share the GPU, nobody divides it.
 
     *Needs to know* only the service times at 100 % alone, for the batch. *Wins* at low load, and where
     networks are so small that together they fit. *Breaks* when they do not: kernels of one wait for
