@@ -401,6 +401,50 @@ def test_reservations_are_told(machine, monkeypatch, tmp_path):
     assert "power cap, heat holds the clock at 1200 MHz" in Mps().marks()[1]
 
 
+def started(share=50, number=0):
+    with Mps(number) as device, device.start("any", share) as worker:
+        worker.wait_ready(30)
+
+
+def opened_by_a_torch_without_cuda():
+    from fake_torch import FakeTorch
+
+    from dstack_lab.cuda_backend import open_gpu
+
+    open_gpu(FakeTorch(built_for=None))
+
+
+#: What the machine or the user got wrong -> its environment, what is tried, what is wrong in words, and the cure.
+BAD_INPUT = {
+    "no GPU": ({"FAKE_GPUS": []}, started, "shows no GPU", "start the container with"),
+    "no driver": ({"FAKE_DRIVER": "absent"}, started, "no NVIDIA driver", "--gpus all"),
+    "no MPS programs": ({"PATH": "/nowhere"}, started, "nvidia-cuda-mps-control is neither on PATH", "install the package"),
+    "no permission": ({"FAKE_DRIVER": "forbidden"}, started, "no permission", "run as root"),
+    "MIG on": ({"FAKE_GPUS": [{"MigMode": [1, 1]}]}, started, "MIG is on", "nvidia-smi -i 0 -mig 0"),
+    "exclusive": ({"FAKE_GPUS": [{"ComputeMode": 3, "pids": [7]}]}, started, "exclusive process", "nvidia-smi -i 0 -c DEFAULT"),
+    "0 SMs granted": ({"FAKE_EXTRA_SMS": "-66"}, started, "granted 0 SMs", "raise its share"),
+    "below the step": ({}, lambda: started(1.2), "whole steps of 2 SMs", "nearest 1.52"),
+    "two devices": ({"FAKE_GPUS": [{}, {"UUID": "GPU-b"}]}, lambda: started(number=2), "2 GPU(s)", "must be from 0 to 1"),
+    "model larger than memory": ({"FAKE_FULL": "full"}, started, "memory is full", "a smaller batch, fewer workers"),
+    "torch without CUDA": ({}, opened_by_a_torch_without_cuda, "built without CUDA", "install a CUDA build"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_sentence_with_its_cure(machine, monkeypatch, tmp_path, case):
+    env, tried, wrong, cure = BAD_INPUT[case]
+    (tmp_path / "full").touch()
+    machine(**{name: str(tmp_path / "full") if value == "full" else value for name, value in env.items()})
+    monkeypatch.setattr(mps_daemon, "PLACES", ())
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        tried()
+    said = str(caught.value)
+    assert wrong in said
+    assert cure in said
+    assert "\n" not in said
+    assert "Traceback" not in said
+
+
 # Errors of CUDA
 
 
