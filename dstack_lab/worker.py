@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import select
@@ -191,17 +192,13 @@ def _run(backend: Backend, message: Message) -> Message:
     service_ms = (time.monotonic() - begin) * 1e3
     cpu_ms = (time.process_time() - cpu) * 1e3
     reply = {"reply": "run", "outputs": outputs, "service_ms": service_ms, "cpu_ms": cpu_ms, "start_ms": begin * 1e3}
-    return {**reply, **_gpu_ms(backend), **_path(backend)}
+    return {**reply, **_gpu_ms(backend), **({"path": backend.path} if hasattr(backend, "path") else {})}
 
 
 def _gpu_ms(backend: Backend) -> dict[str, float]:
-    """Time of the last batch on the GPU's own clock, where there is one."""
-    return {"gpu_ms": backend.gpu_ms} if hasattr(backend, "gpu_ms") else {}
-
-
-def _path(backend: Backend) -> dict[str, str]:
-    """How the last batch was run on a GPU: ``graph``, ``padded`` or ``eager``."""
-    return {"path": backend.path} if hasattr(backend, "path") else {}
+    """Time of the last batch on the GPU's own clock, where there is one and it can be read."""
+    gpu_ms = getattr(backend, "gpu_ms", math.nan)
+    return {} if math.isnan(gpu_ms) else {"gpu_ms": gpu_ms}
 
 
 def _first_tensor(answer: Any) -> Any:

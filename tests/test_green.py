@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from dstack_lab.devices.green_backend import GreenBackend
 from dstack_lab.devices.green_driver import Driver, GreenError, Layout, layout_of, read_layout
 from dstack_lab.devices.green_graphs import Captured, GraphPool
 from dstack_lab.devices.mps_keeper import wait_gone
-from dstack_lab.worker import CpuBackend
+from dstack_lab.worker import CpuBackend, answer
 
 FAKES = Path(__file__).parent / "fakes"
 sys.path.insert(0, str(FAKES / "green"))  # workers are given this path too
@@ -382,12 +383,36 @@ def test_a_graph_is_captured_once_on_the_stream_of_its_groups():
     assert (torch.log[-1], copies) == ("replay", ["fresh"])
 
 
+class Lane(str):
+    """A stream, known by its name."""
+
+    __slots__ = ()
+
+    def synchronize(self):
+        """Nothing to wait for."""
+
+
+class Clock:
+    """An event; `refused` as by a driver that takes none on such a stream."""
+
+    refused = False
+
+    def record(self, stream):
+        assert isinstance(stream, Lane)
+        if self.refused:
+            raise RuntimeError("CUDA error: invalid resource handle")
+
+    def elapsed_time(self, end):
+        return 1.5
+
+
 class CudaOnCpu:
     """torch whose GPU is the CPU, and whose graphs compute anew when they are replayed."""
 
     def __init__(self, torch, log):
         self.torch, self.cuda, self.log = torch, self, log
         self.set_device = self.synchronize = lambda device: None
+        self.Event = lambda enable_timing: Clock()
 
     def __getattr__(self, name):
         return getattr(self.torch, name)
@@ -412,7 +437,7 @@ def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch, precision, ch
     log = []
     fake = CudaOnCpu(torch, log)
     monkeypatch.setattr(SmLedger, "_shared", {})
-    monkeypatch.setattr(SmLedger, "stream", lambda self, groups: f"stream {groups}")
+    monkeypatch.setattr(SmLedger, "stream", lambda self, groups: Lane(f"stream {groups}"))
     monkeypatch.setattr(green_backend, "torch_with_cuda", lambda: fake)
     monkeypatch.setattr(green_backend, "_networks", {})
     monkeypatch.setattr(GreenBackend, "kind", "cpu")
@@ -426,29 +451,38 @@ def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch, precision, ch
         "precision": precision,
         "channels_last": channels_last,
     }
+    tenant_only = {"device": 0, "fine": False, "graphs": True, "batches": [2]}
     home, away = (0, 1), (2, 3)
-    tenants = [
-        GreenBackend(argparse.Namespace(device=0, fine=False, batches=[2], homes=[home, (14, 15)], **common)) for _ in range(2)
-    ]
+    tenants = [GreenBackend(argparse.Namespace(homes=[home, (14, 15)], **tenant_only, **common)) for _ in range(2)]
     facts = [tenant.load() for tenant in tenants]
     assert facts[0] == {"groups": H100, "granted_sms": 16, "sms": 132, "graphs": 2}
     assert tenants[0].module is tenants[1].module  # parameters are shared
     assert {str(p.dtype) for p in tenants[0].module.parameters()} == {{"fp32": "torch.float32"}.get(precision, "torch.bfloat16")}
-    assert tenants[0]._gather(torch.arange(2))[0].is_contiguous(memory_format=torch.channels_last) == channels_last
+    with torch.inference_mode():
+        assert tenants[0]._gather([0, 1])[0].is_contiguous(memory_format=torch.channels_last) == channels_last
     reference = CpuBackend(argparse.Namespace(threads=torch.get_num_threads(), **common))
     monkeypatch.setattr(torch, "set_num_interop_threads", lambda threads: None)
     reference.load()
     tenants[0].serving = True
-    for groups, inputs, graph in ((home, [1, 6], True), (home, [3], False), (away, [0, 1], False), ((14, 15), [2, 3], True)):
+    for groups, inputs, path in (
+        (home, [1, 6], "graph"),
+        (home, [3], "padded"),
+        (home, [3, 1, 2], "eager"),  # larger than all that were captured
+        (away, [0, 1], "eager"),
+        ((14, 15), [2, 3], "graph"),
+    ):
         tenants[0].use(groups)
         log.clear()
         answers, expected = tenants[0].run(inputs), reference.run(inputs)
         if precision == "fp32":  # two classes may be level in fewer digits
             assert [c for c, _ in answers] == [c for c, _ in expected]
         assert [score for _, score in answers] == pytest.approx([score for _, score in expected], rel=near)
-        assert tenants[0].facts()["path"] == ("graph" if graph else "eager")
-        key = ("squeezenet1_1", len(inputs), groups)
-        assert log == [f"stream {groups}", *([f"graph {key}"] if graph else [])]
+        assert (tenants[0].facts()["path"], tenants[0].gpu_ms) == (path, 1.5)
+        assert log == [f"stream {groups}", *([] if path == "eager" else [f"graph {('squeezenet1_1', 2, groups)}"])]
+    monkeypatch.setattr(Clock, "refused", True)
+    assert len(tenants[0].run([1])) == 1
+    assert math.isnan(tenants[0].gpu_ms)  # not a number that nobody measured
+    assert "gpu_ms" not in answer(tenants[0], {"op": "run", "inputs": [1]})
     assert tenants[0].facts()["granted_sms"] == 20  # with the remainder
     assert tenants[0].ledger.free_sms == 132
     with tenants[0].ledger.lease(groups=[0]):
@@ -456,6 +490,10 @@ def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch, precision, ch
         with pytest.raises(ValueError, match="among the free ones"):
             tenants[0].run([1])
         tenants[1].run([1])  # it still loads
+    eager = GreenBackend(argparse.Namespace(homes=[home], **{**tenant_only, "graphs": False}, **common))
+    assert eager.load()["graphs"] == 0
+    eager.run([0, 1])
+    assert eager.path == "eager"
 
 
 # The proof

@@ -94,6 +94,8 @@ class Green:
         Of weights and of inputs that are not whole numbers.
     channels_last : bool
         Memory format of images and convolutions.
+    graphs : bool
+        CUDA graphs for each batch and place; eager otherwise.
 
     Notes
     -----
@@ -107,6 +109,7 @@ class Green:
     places: int = 2
     precision: str = "fp16"
     channels_last: bool = True
+    graphs: bool = True
 
     name: ClassVar[str] = "green"
     mechanism: ClassVar[str] = "green contexts"
@@ -117,6 +120,7 @@ class Green:
         count("places", self.places)
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(isinstance(self.channels_last, bool), "channels_last", self.channels_last, "True or False")
+        require(isinstance(self.graphs, bool), "graphs", self.graphs, "True or False")
         require(isinstance(self.fine, bool), "fine", self.fine, "True or False")
 
     def layout(self) -> Layout:
@@ -219,6 +223,7 @@ class Green:
             seed=seed,
             precision=self.precision,
             channels_last=self.channels_last,
+            graphs=self.graphs,
         )
 
     def leases(self) -> GroupLeases:

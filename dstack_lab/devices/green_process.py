@@ -149,7 +149,7 @@ class GreenWorker(WorkerProcess):
         SMs of all groups, as the parent knows them.
     batches, weights, seed, pool
         As of `WorkerProcess`.
-    precision, channels_last
+    precision, channels_last, graphs
         As of `green.Green`.
     """
 
@@ -169,6 +169,7 @@ class GreenWorker(WorkerProcess):
         pool: int = 64,
         precision: str = "fp16",
         channels_last: bool = True,
+        graphs: bool = True,
     ) -> None:
         require(isinstance(model, str) and bool(model), "model", model, "the name of a network")
         self.model, self.gpu_pct = model, percent("gpu_pct", gpu_pct)
@@ -176,7 +177,7 @@ class GreenWorker(WorkerProcess):
         self.units, self.homes, self.groups, self.layout = units, tuple(homes), homes[0], groups
         batches = [count("batch", b) for b in batches]
         message: Message = {"model": model, "weights": weights, "seed": count("seed", seed, least=0), "batches": batches}
-        message |= {"precision": precision, "channels_last": channels_last}
+        message |= {"precision": precision, "channels_last": channels_last, "graphs": graphs}
         message |= {"homes": self.homes, "pool": max([count("pool", pool), *batches])}
         self.host = Host.of(device, fine)
         self._channel = self.host.admit(message)

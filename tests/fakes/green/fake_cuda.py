@@ -105,7 +105,7 @@ class Sleeper(GreenBackend):
         return {"groups": self.ledger.groups, "granted_sms": self.ledger.context(self.groups).sms}
 
     def run(self, inputs):
-        self.used_graph = self.groups in self.homes
+        self.path = "graph" if self.options.graphs and self.groups in self.homes else "eager"
         with self.hold():
             kind, _, number = self.options.model.rpartition(":")[2].partition("-")
             if (kind == "oom" and len(inputs) > 1) or (kind == "glutton" and 3 in inputs):
