@@ -207,7 +207,7 @@ class Session:
 
     def _fail(self, member: Member, kind: str, detail: str) -> None:
         """Put a failed batch back or, the second time, drop it; start another worker meanwhile."""
-        if self._common(detail):
+        if self._common(detail, member.launch):
             return
         self._event(kind, member.service, detail)
         self.leases.give(member.worker)
@@ -266,17 +266,17 @@ class Session:
         self.ledger.hide(view)
         self.ledger.abandon(view)
 
-    def _common(self, said: str) -> bool:
+    def _common(self, said: str, suspect: int = -1) -> bool:
         """Start all workers anew if what they share has failed; return whether it has."""
         if not hasattr(self.device, "common_fault") or self.fleet.restarting:
             return False
         why = self.device.common_fault(said)
         if why is not None:
-            self._restart(why)
+            self._restart(why, suspect)
         return why is not None
 
-    def _restart(self, why: str) -> None:
-        """End all workers and start them anew; their batches wait again, whoever's fault it was.
+    def _restart(self, why: str, suspect: int = -1) -> None:
+        """End all workers and start them anew; their batches wait again, that of `suspect` only once.
 
         Raises
         ------
@@ -289,7 +289,7 @@ class Session:
             self.leases.give(member.worker)
         self.parked.clear()
         for number in sorted(self.state._running, reverse=True):
-            self._take_back(number, doubt=False)
+            self._take_back(number, doubt=number == suspect)
         if self.restarts > MOST_RESTARTS:
             raise FleetLost(f"{why} (all workers were started anew {MOST_RESTARTS} times in a row, without an answer between)")
         self.fleet.restart()

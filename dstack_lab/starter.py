@@ -77,8 +77,10 @@ class Starter:
         generation = self.generation
 
         def job() -> None:
-            self._end(old)
-            self._carry_out([order], generation)
+            try:
+                self._end(old)
+            finally:
+                self._carry_out([order], generation)
 
         self._submit(job)
 
@@ -92,8 +94,8 @@ class Starter:
         generation = self.generation
 
         def job() -> None:
-            self._end_all()
             try:
+                self._end_all()
                 recover()
             except Exception as error:
                 self._post(Arrival(orders[0], None, error, True, generation))

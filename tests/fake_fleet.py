@@ -17,10 +17,10 @@ class FakeDevice:
 
     name = mechanism = "fake"
 
-    def __init__(self, serve_ms=2.0, load_ms=1.0, kill_ms=0.0, most=None):
+    def __init__(self, serve_ms=2.0, load_ms=1.0, kill_ms=0.0, most=None, poison=None):
         self.serve_ms, self.load_ms, self.kill_ms, self.log, self.live, self.peak = serve_ms, load_ms, kill_ms, [], set(), 0
         self.numbers, self.main = itertools.count(1), threading.get_ident()
-        self.fault = None
+        self.fault, self.poison = None, poison  # number of a request of "a" that no device survives
         self.refuse = 0  # starts to refuse
         if most:
             self.most_workers = lambda: most
@@ -38,7 +38,7 @@ class FakeDevice:
         return Leases()
 
     def common_fault(self, said=""):
-        return self.fault
+        return "the server failed" if said == "poison" else self.fault
 
     def recover(self):
         assert not self.live, "the device began anew under living workers"
@@ -97,6 +97,9 @@ class FakeWorker:
     def send(self, message):
         if message["op"] == "run":
             self.device.log.append(f"run {self.model} {self.gpu_pct:g}")
+            if self.model == "a" and self.device.poison in message["inputs"]:
+                self.later(self.device.serve_ms, {"reply": "error", "id": message["id"], "error": "failed", "message": "poison"})
+                return
             answers = [[i, 0.5] for i in message["inputs"]]
             self.later(
                 self.device.serve_ms,

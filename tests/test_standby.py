@@ -248,6 +248,18 @@ def test_a_dead_daemon_is_noticed_without_a_word_of_any_worker():
     assert device.log.count("recover") == 1
 
 
+def test_a_batch_that_breaks_the_device_twice_is_dropped_and_the_run_goes_on():
+    device = FakeDevice(load_ms=5, poison=7)
+    trace = run(Asks(lambda name, now: 40, {"a": (40,), "b": (40,)}), device, 100, 100, duration_ms=500)
+    requests = trace.requests
+    assert set(requests["outcome"]) == {"served", "dropped"}
+    a = requests[requests["service"] == "a"].reset_index(drop=True)
+    assert a.loc[7, "outcome"] == "dropped"
+    assert (requests.loc[requests["service"] == "b", "outcome"] == "served").all()
+    assert device.log.count("recover") == 2
+    assert kinds(trace).count("gave up") == 1
+
+
 def test_a_device_that_stays_broken_ends_the_run_with_the_trace_so_far():
     device = FakeDevice()
 
