@@ -16,7 +16,7 @@ from dstack_lab.agenda.target import Target
 from dstack_lab.checks import require
 
 #: Items in the order they are to be recorded in; each is the file of its name.
-ITEMS = ("probe", "knee", "kernels", "pairs", "multiplex")
+ITEMS = ("probe", "knee", "kernels", "pairs", "multiplex", "resize")
 
 __all__ = ["ITEMS", "Record", "Target", "perform", "status"]
 
