@@ -11,6 +11,7 @@ from dstack_lab.figures.periods import period
 from dstack_lab.figures.placements import placement
 from dstack_lab.figures.plans import plan
 from dstack_lab.figures.progress import PANES, Progress, progress, static_progress
+from dstack_lab.figures.queues import waits
 from dstack_lab.figures.races import comparison
 from dstack_lab.figures.space import place, raster
 from dstack_lab.figures.static import static_comparison, static_knee, static_timeline
@@ -47,6 +48,7 @@ __all__ = [
     "static_progress",
     "static_timeline",
     "timeline",
+    "waits",
 ]
 
 quiet_mode_bar()
