@@ -245,7 +245,7 @@ def test_show_brings_one_figure_up_to_another():
         kept = widget.to_plotly_json()
         for trace in kept["data"]:
             trace.pop("uid", None)
-        assert settled(kept["layout"]) == settled(second.to_plotly_json()["layout"])
+        assert settled(kept["layout"]) == settled(live(second).to_plotly_json()["layout"])
         assert marks(widget) == marks(second)
         assert [t.name for t in widget.data] == [t.name for t in second.data]
 

@@ -48,6 +48,8 @@ def progress(so_far: Progress, *, width: int = style.WIDTH) -> go.Figure:
     made.update_xaxes(style.axis("Time [s]", range=[0, 1.02 * so_far.length_s]))
     for column, (key, title) in enumerate(PANES.items(), start=1):
         made.update_yaxes(style.axis(title, rangemode="tozero"), col=column)
+        if not so_far.services:  # a pane without a trace is not drawn
+            made.add_trace(go.Scatter(x=[None], y=[None], showlegend=False), row=1, col=column)
         for row, (name, cue) in zip(so_far.values[key], style.cues(so_far.services).items(), strict=True):
             made.add_trace(
                 go.Scatter(

@@ -28,6 +28,7 @@ MPL_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)
 MPL_MARKERS = ("o", "s", "D", "^", "P", "*", "v")
 
 GREY = "#7f7f7f"  #: about 4:1 on white and on #111
+LATE = "#E8112D"  #: about 4:1 on white and on #111; never the only cue
 GRID = "rgba(127,127,127,.25)"
 WIDTH = 800
 

@@ -19,7 +19,7 @@ EXACT = 1500
 #: Slices of a raster: about one per pixel of the drawing.
 COLUMNS = 800
 
-#: Hatch of a launch that holds a late request, and its word in the legend.
+#: Hatch of a launch that holds a late request, beside its red edge, and its word in the legend.
 LATE, LATE_WORDS = "x", "holds late requests"
 #: Places on the colour scale of a raster, closer where the root bends.
 _STOPS = (0.0, 0.01, 0.04, 0.1, 0.25, 0.5, 1.0)
@@ -37,8 +37,8 @@ def timeline(
 ) -> go.Figure:
     """Draw a run: time to the right, the GPU's 100 % upward, one colour per service.
 
-    Each launch is a rectangle as high as its GPU% and as long as its service time; hatched ones hold
-    requests that finished after their SLO. With more than `exact` launches in view, each service is
+    Each launch is a rectangle as high as its GPU% and as long as its service time; hatched ones with a
+    red edge hold requests that finished after their SLO. With more than `exact` launches in view, each service is
     a row whose colour deepens with the mean GPU% it held.
 
     Parameters
@@ -130,7 +130,10 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
                 insidetextanchor="middle",
                 marker={
                     "color": cue.color,
-                    "line": {"width": 1, "color": style.GREY},
+                    "line": {
+                        "width": np.where(late, 2, 1).tolist() if late.any() else 1,
+                        "color": np.where(late, style.LATE, style.GREY).tolist() if late.any() else style.GREY,
+                    },
                     "pattern": {"shape": np.where(late, LATE, "").tolist() if late.any() else "", **_HATCH},
                 },
                 customdata=mine[["start_ms", "end_ms", "gpu_pct", "batch", "late"]].to_numpy(dtype=float),
@@ -142,7 +145,8 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
             )
         )
     if (pieces["late"] > 0).any():
-        _add_key(made, LATE_WORDS, {"color": "rgba(0,0,0,0)", "pattern": {"shape": LATE, "fgcolor": style.GREY, **_HATCH}})
+        pattern = {"shape": LATE, "fgcolor": style.GREY, **_HATCH}
+        _add_key(made, LATE_WORDS, {"color": "rgba(0,0,0,0)", "pattern": pattern}, {"width": 2, "color": style.LATE})
     if top > 100.5:
         made.add_hline(100, line={"color": style.GREY, "width": 2, "dash": "dash"})
         words = "┅ 100 GPU%: oversubscribed above"
@@ -150,9 +154,9 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
     return made
 
 
-def _add_key(made: go.Figure, name: str, marker: dict[str, Any]) -> None:
+def _add_key(made: go.Figure, name: str, marker: dict[str, Any], line: dict[str, Any] | None = None) -> None:
     """Add an entry to the legend by itself: a trace's own entry would copy the hatch of its first bar."""
-    line = {"width": 1, "color": style.GREY}
+    line = line or {"width": 1, "color": style.GREY}
     made.add_trace(go.Bar(name=style.plain(name), legendgroup=name, x=[None], y=[None], marker={**marker, "line": line}))
 
 
@@ -199,7 +203,7 @@ def _raster(trace: Trace, view: Window, launches: pd.DataFrame, title: str, orig
                     x=bins,
                     y=np.full(len(bins), i - 0.54),
                     mode="markers",
-                    marker={"symbol": "triangle-down", "size": 6, "color": style.GREY},
+                    marker={"symbol": "triangle-down", "size": 6, "color": style.LATE},
                     name=LATE_WORDS,
                     hovertemplate=f"<b>{style.plain(name)}</b>: launches here hold late requests<extra></extra>",
                 )

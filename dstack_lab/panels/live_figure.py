@@ -12,7 +12,7 @@ from dstack_lab.figures.style import CONFIG
 
 def live(made: go.Figure) -> go.FigureWidget:
     """Return a FigureWidget of `made`, without the button that uploads its data."""
-    widget = go.FigureWidget(made)
+    widget = go.FigureWidget(_one_title(made))
     widget._config = {**widget._config, **CONFIG}
     return widget
 
@@ -22,6 +22,7 @@ def show(widget: go.FigureWidget, made: go.Figure) -> None:
 
     Traces stay where both figures have the same kinds of them in the same order, and are replaced otherwise.
     """
+    made = _one_title(made)
     same = [old.type for old in widget.data] == [new.type for new in made.data]
     with widget.batch_update():
         if same:
@@ -31,6 +32,20 @@ def show(widget: go.FigureWidget, made: go.Figure) -> None:
     if not same:
         widget.data = []
         widget.add_traces(made.data)
+
+
+def _one_title(made: go.Figure) -> go.Figure:
+    """Write the subtitle as a line of the title.
+
+    A browser measures the title to place the subtitle, and JupyterLab draws a widget before it can be measured:
+    the two would lie on each other until the first change.
+    """
+    made = go.Figure(made)
+    title = made.layout.title
+    if title.subtitle.text:
+        title.text = f'{title.text}<br><span style="font-size: {title.subtitle.font.size}px">{title.subtitle.text}</span>'
+        title.subtitle = None
+    return made
 
 
 def marks(figure: go.Figure) -> int:
