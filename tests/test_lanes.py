@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import dstack_lab as lab
 from dstack_lab.policies import lanes as rooms
 from dstack_lab.policies.lanes import TIE, lanes, late_part
+from dstack_lab.policies.windows import plan_period
 
 SHARES = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 100.0)
 
@@ -96,3 +97,13 @@ def test_lanes_are_wider_for_whoever_needs_more():
 def test_the_chain_is_solved_for_what_it_says():
     chance = np.array([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 0.5, 0.5]])
     assert rooms._stationary(chance) == pytest.approx([0.25, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("name", ["C-2", "C-3", "C-4", "C-7"])
+def test_half_the_bound_always_has_a_plan_that_rejects_nobody(name):
+    known = lab.load_profile("v100-simulated")
+    asked = lab.optimize(lab.workload(name, known, load=0.5), known)
+    period = plan_period(asked)
+    for service in asked.services:
+        held = sum(w.batch for w in period.windows if w.service == service.name)
+        assert held >= service.rate_rps * period.period_ms / 1000 - 1e-6

@@ -7,6 +7,7 @@ not fit. Its stationary distribution says which part of the requests is late, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -84,7 +85,7 @@ def _stationary(chance: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.clip(np.linalg.solve(equations, np.eye(n)[-1]), 0, None)
 
 
-def lanes(plan: Plan, part: float = 1.0) -> tuple[tuple[Allocation, ...], float]:
+def lanes(plan: Plan, part: float = 1.0, least: Sequence[int] | None = None) -> tuple[tuple[Allocation, ...], float]:
     """Shares that add up to 100 % at most and make the service that suffers most suffer least.
 
     Parameters
@@ -92,6 +93,8 @@ def lanes(plan: Plan, part: float = 1.0) -> tuple[tuple[Allocation, ...], float]
     plan : Plan
     part : float
         Part of the rates to size the lanes for.
+    least : sequence of int, optional
+        Position in the plan's shares that each lane is at least as wide as; 0 by default.
 
     Returns
     -------
@@ -108,11 +111,11 @@ def lanes(plan: Plan, part: float = 1.0) -> tuple[tuple[Allocation, ...], float]
         again = 2 * _point(service, table, shares[i], rates[k]).service_ms / service.slo_ms
         return late_part(table, shares[i], service.slo_ms, rates[k]) + TIE * again
 
-    chosen = [0] * count
+    chosen = [0] * count if least is None else list(least)
     if sum(shares[i] for i in chosen) > 100 + TIE:
         return (), 1.0
-    pain = [suffers(k, 0) for k in range(count)]
-    left = 100.0 - count * shares[0]
+    pain = [suffers(k, i) for k, i in enumerate(chosen)]
+    left = 100.0 - sum(shares[i] for i in chosen)
     while True:
         can = [
             (-pain[k], shares[i], k)

@@ -89,6 +89,10 @@ def plan_period(plan: Plan, reject: bool = False, beside: bool = True) -> Period
                 return PeriodPlan(period, _chain(period, windows), tuple(option.point for option in chosen))
     if beside and reject and (found := _side_by_side(period, plan, PARTS, late, reject)) is not None:
         return found
+    if beside and not reject and (least := _narrowest(period, plan)) is not None:  # tight, but every window is there
+        points, _ = lanes(plan, least=least)
+        if points and (found := _windows_of(period, plan, points, reject)) is not None:
+            return found
     asks = ", ".join(
         f"{a.service} {a.gpu_pct:g} % for {a.service_ms:.1f} ms at {a.rate_rps:g}/s within {s.slo_ms:g} ms"
         for a, s in zip(plan.allocations, plan.services, strict=True)
@@ -120,9 +124,23 @@ def _side_by_side(period: float, plan: Plan, parts: Iterable[float], most: float
     for part in parts:
         points, late = lanes(plan, part)
         if points and late <= most:
-            break
-    else:
-        return None
+            return _windows_of(period, plan, points, reject)
+    return None
+
+
+def _narrowest(period: float, plan: Plan) -> list[int] | None:
+    """Position of the smallest share at which each service's windows hold its rate; None if one has none."""
+    found = []
+    for service, point, table in zip(plan.services, plan.allocations, plan.tables, strict=True):
+        keep_up = (i for i, share in enumerate(plan.shares) if _options(period, service, point, table, (share,), 1.0))
+        if (first := next(keep_up, None)) is None:
+            return None
+        found.append(first)
+    return found
+
+
+def _windows_of(period: float, plan: Plan, points: tuple[Allocation, ...], reject: bool) -> PeriodPlan | None:
+    """Windows of lanes: evenly spaced; None if, without `reject`, they do not hold a service's rate."""
     windows, allocations = [], []
     for service, point, table in zip(plan.services, points, plan.tables, strict=True):
         options = _options(period, service, point, table, (point.gpu_pct,), 1.0)
