@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     measure.add_argument("--quick", action="store_true", help="of --agenda: small grids, to try the whole path")
     measure.add_argument("--minutes", type=float, default=9, help="of --agenda: time of this call")
     measure.add_argument("--resume", type=Path, help="of --agenda: folder of an earlier call to go on from")
+    measure.add_argument("--keep", action="store_true", help="of --agenda knee: copy the profile to data/profiles")
 
     run = verbs.add_parser("run", help="run a policy on real workers and save the trace")
     run.add_argument("services", nargs="+", help="model:slo_ms:rate_rps, such as resnet18:200:5")
@@ -72,7 +73,7 @@ def _measure(options: argparse.Namespace) -> None:
         if options.agenda == "status":
             print(agenda.status(out))
         else:
-            agenda.perform(options.agenda, out, options.device, options.quick, options.minutes, options.resume)
+            agenda.perform(options.agenda, out, options.device, options.quick, options.minutes, options.resume, options.keep)
         return
     if not options.models:
         raise ValueError("models = []: must be 1 or more networks, or name an item with --agenda")

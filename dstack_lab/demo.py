@@ -9,6 +9,7 @@ import pandas as pd
 import dstack_lab as lab
 from dstack_lab import figures
 from dstack_lab.devices import Cpu
+from dstack_lab.profiles import DEFAULT_PROFILE
 
 MODELS = ("squeezenet1_1", "shufflenet_v2_x1_0")
 BATCHES = (1, 2, 4)
@@ -72,8 +73,8 @@ def demo(out: Path, duration_ms: float) -> pd.DataFrame:
 
 
 def readme_figures(out: Path) -> list[Path]:
-    """Draw the pictures of the README from the simulated V100 profile; deterministic."""
-    profile = lab.load_profile("v100-simulated")
+    """Draw the pictures of the README from the default profile; deterministic."""
+    profile = lab.load_profile(DEFAULT_PROFILE)
     trace = lab.simulate(golden_plan(profile), lab.DStack(), 10_000, seed=1)
     return [
         figures.static_timeline(trace, out / "timeline-readme.png", window_ms=200),

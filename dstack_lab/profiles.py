@@ -21,6 +21,9 @@ HEADER = "# dstack_lab profile "
 #: before a strict profile refuses it: room for rounding, not for noise.
 MONOTONE_TOLERANCE = 0.02
 
+#: What the golden path and the panels begin with: a name under ``data/profiles``.
+DEFAULT_PROFILE = "v100-simulated"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:

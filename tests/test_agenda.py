@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 
 import dstack_lab as lab
-from dstack_lab.agenda import ITEMS, multiplex, perform, silicon, ticks
+from dstack_lab.agenda import ITEMS, keep_profile, multiplex, perform, silicon, ticks
 from dstack_lab.agenda.ahead import Ahead
+from dstack_lab.agenda.pages import markdown
 from dstack_lab.agenda.record import OutOfTime, Record, Step
 from dstack_lab.agenda.target import Target, short_name
 from dstack_lab.recipes import recipe_of
@@ -284,3 +285,26 @@ def test_races_on_this_machine_s_cores(tmp_path):
     assert trace.provenance.kind == "measured"
     again = multiplex.compared(trace).set_index("service")["goodput_rps"]
     assert again.to_dict() == pytest.approx(runs[runs["policy"] == "DStack"].set_index("service")["goodput_rps"].to_dict())
+
+
+def test_a_knee_is_kept_under_the_device_s_name_once_it_is_whole(tmp_path):
+    kept = record(tmp_path)
+    builders.profile(a=(1, 1, 40)).save(kept.table_path("mps"))
+    kept.run([Step("mps a 50 %", boom), Step("mps a 100 %", lambda: 1)])
+    with pytest.raises(RuntimeError, match=r"not kept: 1 steps of the knee are left or failed \(mps a 50 %\)"):
+        keep_profile(kept, "mps", tmp_path)
+    kept.run([Step("mps a 50 %", lambda: 1)])
+    path = keep_profile(kept, "mps", tmp_path / "profiles")
+    assert path.name == "h200.csv"
+    assert lab.load_profile(path).models == ("a",)
+    with pytest.raises(ValueError, match="keep = True: must be False, except for the knee without quick"):
+        perform("probe", tmp_path, "cpu", keep=True)
+
+
+def test_the_table_for_a_page_holds_both_numbers_and_the_error():
+    row = {"workload": "C-2", "mechanism": "mps", "load": 0.8, "policy": "DStack", "service": "all"}
+    row |= {"goodput_rps": 100.0, "goodput_rps_simulated": 98.0, "goodput_rps_error": -0.02, "slo_attainment": 0.99}
+    row |= {"slo_attainment_simulated": 1.0, "p99_ms": 50.0, "p99_ms_simulated": 55.0, "p99_ms_error": 0.1}
+    lines = markdown(pd.DataFrame([row, {**row, "service": "a"}])).splitlines()
+    assert lines[2:] == ["| C-2 on mps | 0.8 | DStack | 100.0 | 98.0 | -2.0 % | 0.990 | 1.000 | 50 | 55 | +10.0 % |"]
+    assert {line.count("|") for line in lines} == {12}

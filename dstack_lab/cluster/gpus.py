@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dstack_lab.checks import count, require
-from dstack_lab.profiles import Profile, load_profile
+from dstack_lab.profiles import DEFAULT_PROFILE, Profile, load_profile
 
 Kind = str | Profile
 
@@ -39,7 +39,7 @@ class Cluster:
     """
 
     gpus: int | Iterable[Kind] | Mapping[str, Kind] = 1
-    profile: Kind = "v100-simulated"
+    profile: Kind = DEFAULT_PROFILE
     names: tuple[str, ...] = field(init=False)
     _read: dict[str, Profile] = field(init=False, repr=False, compare=False, default_factory=dict)
 

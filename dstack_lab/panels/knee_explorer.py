@@ -10,7 +10,7 @@ from dstack_lab import figures
 from dstack_lab.figures.curves import fitted_model
 from dstack_lab.knees import RULES
 from dstack_lab.panels.base import Look, Panel, as_profile, offered
-from dstack_lab.profiles import Profile
+from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 
 
 class KneeExplorer(Panel):
@@ -30,7 +30,7 @@ class KneeExplorer(Panel):
     """
 
     def __init__(
-        self, profile: Profile | str | os.PathLike[str] = "v100-simulated", models: Iterable[str] | str | None = None
+        self, profile: Profile | str | os.PathLike[str] = DEFAULT_PROFILE, models: Iterable[str] | str | None = None
     ) -> None:
         super().__init__()
         self.profile = as_profile(profile)

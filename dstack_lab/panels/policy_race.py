@@ -14,7 +14,7 @@ from dstack_lab.checks import positive, require
 from dstack_lab.metrics import ALL, summary
 from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.panels.racing import Policies, checked, named, ran, services_at
-from dstack_lab.profiles import Profile
+from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
 from dstack_lab.simulator import sample_arrivals
 from dstack_lab.trials import bound_rps, plan_for
@@ -50,7 +50,7 @@ class PolicyRace(Panel):
     def __init__(
         self,
         workload: str = "C-4",
-        profile: Profile | str | os.PathLike[str] = "v100-simulated",
+        profile: Profile | str | os.PathLike[str] = DEFAULT_PROFILE,
         policies: Policies | None = None,
         duration_ms: float = 2000.0,
         services: Iterable[Service] | None = None,

@@ -15,7 +15,7 @@ from dstack_lab.figures.space import visible, window
 from dstack_lab.metrics import summary
 from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.panels.racing import Policies, checked, named, ran, services_at
-from dstack_lab.profiles import Profile
+from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
 from dstack_lab.traces import Trace
 from dstack_lab.trials import plan_for
@@ -48,7 +48,7 @@ class ScheduleExplorer(Panel):
     def __init__(
         self,
         workload: str = "C-2",
-        profile: Profile | str | os.PathLike[str] = "v100-simulated",
+        profile: Profile | str | os.PathLike[str] = DEFAULT_PROFILE,
         policies: Policies | None = None,
         duration_ms: float = 2000.0,
         services: Iterable[Service] | None = None,
