@@ -45,6 +45,7 @@ def _one_title(made: go.Figure) -> go.Figure:
     if title.subtitle.text:
         title.text = f'{title.text}<br><span style="font-size: {title.subtitle.font.size}px">{title.subtitle.text}</span>'
         title.subtitle = None
+        title.pad.t = (title.pad.t or 0) + 12  # a title of several lines is set higher
     return made
 
 
