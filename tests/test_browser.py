@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "build" / "browser"
 PANELS = ("KneeExplorer", "BatchPlanner", "ModelAnatomy", "ScheduleExplorer", "PolicyRace")
 COURSE = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb") if "lab.panels." in path.read_text())
-WAIT_MS = 60_000
+WAIT_MS = 60_000  #: a busy machine is slow without being wrong
 
 #: What the marks of a panel's figure look like: lines, bars and pictures, without the frame.
 DRAWN = "plot => [...plot.querySelectorAll('.cartesianlayer, .gtitle')].map(part => part.innerHTML).join()"
@@ -53,6 +53,7 @@ def lab(folder: Path) -> Iterator[Lab]:
         with play.chromium.launch(executable_path=browser(), args=FLAGS.split()) as chromium:
             page = chromium.new_page(viewport={"width": 1250, "height": 1100})
             page.set_default_timeout(WAIT_MS)
+            playwright.expect.set_options(timeout=WAIT_MS)
             yield Lab(page, address)
 
 
@@ -88,7 +89,7 @@ def panel_in(book: Any, which: int = 0) -> Any:
 def changed(panel: Any, before: str) -> bool:
     """Whether the figure of a panel comes to differ from `before`."""
     plot = panel.locator(".js-plotly-plot")
-    for _ in range(100):
+    for _ in range(WAIT_MS // 100):
         if plot.evaluate(DRAWN) != before:
             return True
         panel.page.wait_for_timeout(100)
