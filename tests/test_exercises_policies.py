@@ -366,7 +366,7 @@ def test_likely_slips_of_an_interval_have_their_hints():
 
 
 def test_a_baseline_wins_where_fairness_costs(profile):
-    assert exercises.check_baseline_wins((lab.MaxThroughput(), lab.workload("C-4", profile, load=1.05)), profile, **SHORT)
+    assert exercises.check_baseline_wins((lab.MaxThroughput(), lab.workload("C-4", profile, load=1.05)), profile)
 
 
 @pytest.mark.parametrize(
