@@ -109,7 +109,8 @@ class Turns:
                     if at < now:
                         raise ValueError(f"at_ms must not be before now, {state.now_ms}")
                     heappush(self.heap, (at, WAKE, 0))
-                    soon = soon or at - now <= SOON_NS
+                    if at - now <= SOON_NS:
+                        soon = True
                     continue
                 elif type(decision) is Drop:
                     view = self.ledger.drop(decision)
@@ -119,8 +120,11 @@ class Turns:
                 raise self._broken(decision, error) from error
             if (at := self._refresh(view)) >= 0:
                 heappush(self.heap, (at, READY, view.index))
-        self._turns = self._turns + 1 if soon else 0
-        if self._turns > TURNS:
+        if not soon:
+            self._turns = 0
+        elif self._turns < TURNS:
+            self._turns += 1
+        else:
             raise self._broken(decisions[0], f"more than {TURNS} turns at one instant, each of which asked for the next")
 
     def _listed(self, decisions: object) -> list[Decision]:
