@@ -51,3 +51,13 @@ def test_no_service_starves(profile, name, load, arrivals):
     for service in WORKLOADS[name]:
         starts = trace.launches.loc[trace.launches["service"] == service, "start_ms"]
         assert starts.diff().max() < memory_ms, service
+
+
+@pytest.mark.parametrize("profile", DURATION_MS)
+def test_the_measures_tell_a_policy_that_starves(profile):
+    """Greedy for requests, the cheapest networks take the GPU: both tests above would fail it."""
+    times = lab.load_profile(profile)
+    made = plan_for(lab.workload("C-4", times, 1.5), times, "efficacy")
+    trace = lab.simulate(made, lab.MaxThroughput(drop_late=True), DURATION_MS[profile], seed=2)
+    assert lab.jain(gpu_time(trace)) < 0.8
+    assert lab.summary(trace)["slo_attainment"].min() < 0.1
