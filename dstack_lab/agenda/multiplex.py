@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dstack_lab import policies
+from dstack_lab.agenda.pages import markdown
 from dstack_lab.agenda.record import Record, Step
 from dstack_lab.agenda.target import CPU_MODELS, Target
 from dstack_lab.arrivals import Poisson
@@ -74,6 +75,9 @@ def run(target: Target, record: Record) -> None:
                     Step(f"{mechanism} {name} {load:g} {policy}", work, seconds + DRAIN_S + (10 if target.quick else 40))
                 )
     record.run(steps)
+    table = record.table("runs")
+    if table is not None:
+        print(f"\n{markdown(table)}\n\n{record.provenance}\n")
 
 
 def grid(target: Target) -> list[tuple[float, str, str]]:
