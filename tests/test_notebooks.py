@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -26,18 +28,33 @@ builder = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(builder)
 
 
-def nbval(path: Path, scratch: Path) -> SimpleNamespace:
-    """Run a notebook in a new kernel and compare every cell; a process of its own, as nbval makes pytest start slowly."""
+def nbval(path: Path, scratch: Path, library: Path | None = None) -> SimpleNamespace:
+    """Run a notebook in a new kernel and compare every cell; a process of its own, as nbval makes pytest start slowly.
+
+    `library` holds another copy of the package, to be imported in place of this one.
+    """
     options = "-q -p no:cacheprovider -p conftest -p nbval.plugin --nbval --nbval-current-env"
-    options += " --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 120 --nbval-kernel-startup-timeout 120"
+    options += " --nbval-cell-timeout 120 --nbval-kernel-startup-timeout 120"
     environment = os.environ | {
         "IPYTHONDIR": str(scratch),  # not the reader's own start-up files
         "JUPYTER_RUNTIME_DIR": str(scratch),
-        "PYTHONPATH": str(Path(__file__).parent),  # for `-p conftest`
+        "PYTHONPATH": os.pathsep.join(map(str, [*([library] if library else []), Path(__file__).parent])),  # for `-p conftest`
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options.split(), "--rootdir", path.parent, "-c", ROOT / "pyproject.toml", path],
-        cwd=ROOT,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options.split(),
+            "--nbval-sanitize-with",
+            ROOT / "tests" / "nbval_sanitize.cfg",
+            "--rootdir",
+            path.parent,
+            "-c",
+            ROOT / "pyproject.toml",
+            path,
+        ],
+        cwd=library or ROOT,  # where the kernel looks for the package first
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -53,9 +70,21 @@ def code_cells(path: Path) -> int:
     return sum(cell["cell_type"] == "code" for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
+@pytest.fixture(scope="session")
+def results(request, tmp_path_factory):
+    """Futures of all notebooks that were selected, two at a time: a notebook keeps one core busy, and many cells wait."""
+    chosen = [item.callspec.params["path"] for item in request.session.items if getattr(item, "originalname", "") == RUNS]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {path: pool.submit(nbval, path, tmp_path_factory.mktemp("ipython")) for path in chosen}
+        pool.shutdown(cancel_futures=True)  # what nobody waits for after a first failure
+
+
+RUNS = "test_notebook_gives_what_is_saved"
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(NOTEBOOKS)))
-def test_notebook_gives_what_is_saved(path, tmp_path):
-    result = nbval(path, tmp_path)
+def test_notebook_gives_what_is_saved(path, results):
+    result = results[path].result()
     assert result.passed == code_cells(path), result.text
 
 
@@ -113,6 +142,57 @@ def test_nbval_finds_a_changed_number(built, tmp_path):
     result = nbval(changed, tmp_path)
     assert result.passed == 0
     assert "1 failed, 6 passed" in result.text
+
+
+# ---- the checks bite ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory):
+    """A small notebook of the course's kind: numbers of the library, a panel, the panel driven by assignment."""
+    import nbformat
+
+    path = tmp_path_factory.mktemp("course") / "small.ipynb"
+    notebook = small(
+        "import dstack_lab as lab",
+        "lab.fit(lab.load_profile('v100-simulated'), 'resnet50').knee_pct(8, rule='tolerance')",
+        "panel = lab.panels.KneeExplorer(models=['resnet50'])\npanel",
+        "panel.gpu_pct.value = 30\npanel.facts()",
+        "lab.Poisson(rate_rps=400)",
+    )
+    notebook.cells[6].metadata.tags = ["nbval-ignore-output"]
+    nbformat.write(notebook, path)
+    builder.build(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "cells"),
+    [
+        ("knees.py", "", "", 0),
+        ("knees.py", "TOLERANCE = 0.05", "TOLERANCE = 0.2", 1),
+        ("panels/base.py", 'control.observe(self._changed, "value")', "pass", 1),
+    ],
+    ids=["unchanged", "a number", "a callback"],
+)
+def test_a_changed_library_fails_the_cells_that_show_it(lesson, tmp_path, file, before, after, cells):
+    shutil.copytree(ROOT / "dstack_lab", tmp_path / "dstack_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    changed = tmp_path / "dstack_lab" / file
+    text = changed.read_text(encoding="utf-8")
+    assert before in text, f"{file} no longer holds what this test changes"
+    changed.write_text(text.replace(before, after), encoding="utf-8")
+    result = nbval(lesson, tmp_path, library=tmp_path)
+    assert f"{cells} failed, {5 - cells} passed" in result.text if cells else result.passed == 5, result.text
+
+
+def test_a_lesson_without_outputs_fails_the_guard(lesson):
+    notebook = json.loads(lesson.read_text(encoding="utf-8"))
+    assert problems(notebook) == []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    assert any("execution counts" in problem for problem in problems(notebook))
 
 
 def test_builder_leaves_a_failing_notebook_as_it_was(tmp_path):

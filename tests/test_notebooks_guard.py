@@ -22,6 +22,8 @@ MAX_BYTES = 300_000
 MAX_CODE_CELLS = 25
 MAX_LINES = 12
 MIN_CHECKED = 3
+MAX_POINTS = 4
+SECTIONS = ("Where it breaks", "Key points", "Exercises")
 IGNORED, RAISES = "nbval-ignore-output", "raises-exception"
 TAGS = {IGNORED, RAISES}
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -138,6 +140,32 @@ def problems(notebook: Notebook) -> list[str]:
     return found
 
 
+def problems_of_lesson(notebook: Notebook) -> list[str]:
+    """What a notebook of the course lacks beside `problems`: its closing sections, in their order."""
+    prose = "\n".join(text(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    headings = re.findall(r"^## (.*)$", prose, re.MULTILINE)
+    found = [f"has no section '{name}'" for name in SECTIONS if headings.count(name) != 1]
+    if not found and sorted(SECTIONS, key=headings.index) != list(SECTIONS):
+        found.append(f"does not end in the order {', '.join(SECTIONS)}")
+    points = re.search(r"^## Key points\n(.*?)(?=^#|\Z)", prose, re.MULTILINE | re.DOTALL)
+    number = len(re.findall(r"^[-*] ", points[1], re.MULTILINE)) if points else 0
+    if not 1 <= number <= MAX_POINTS:
+        found.append(f"has {number} key points; 1 to {MAX_POINTS}")
+    code = "\n".join(text(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    if not re.search(r"\bexercises\.check_\w+\(", code):
+        found.append("has no graded exercise")
+    last = text(notebook["cells"][-1]["source"]) if notebook["cells"] else ""
+    if not (re.search(r"^(## Next$|\*\*Next\*\*)", last, re.MULTILINE) and re.search(r"\]\([\w./]+\)", last)):
+        found.append("does not end with a link to what is next")
+    return found
+
+
+def dead_links(path: Path) -> list[str]:
+    """Files that a notebook or page links to and that are not there."""
+    prose = path.read_text(encoding="utf-8")
+    return [link for link in re.findall(r"\]\(([\w./-]+)\)", prose) if not (path.parent / link).exists()]
+
+
 def test_the_tour_exists():
     assert (NOTEBOOKS / "00_tour.ipynb").is_file()
 
@@ -147,6 +175,22 @@ def test_notebook_keeps_the_rules(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert problems(notebook) == []
     assert path.stat().st_size < MAX_BYTES
+    assert dead_links(path) == []
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_lesson_has_its_closing_sections(path):
+    assert problems_of_lesson(json.loads(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_lesson_has_solutions_and_a_place_in_the_plan(path):
+    assert (NOTEBOOKS / "solutions" / path.name).is_file()
+    assert f"({path.name})" in (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+
+
+def test_lesson_plan_links_to_what_is_there():
+    assert dead_links(NOTEBOOKS / "README.md") == []
 
 
 # ---- the rules bite -------------------------------------------------------------------------------------------------
@@ -314,3 +358,49 @@ def test_harmless_code_passes(harmless):
     notebook = good()
     source(3, harmless)(notebook)
     assert problems(notebook) == []
+
+
+def lesson() -> Notebook:
+    """Small notebook with all that a lesson needs."""
+    return {
+        "cells": [
+            markdown("# How much?\n\n## Where it breaks\nHere."),
+            markdown("## Key points\n\n- One.\n- Two.\n\n## Exercises\n\nWhich share?"),
+            code(1, "lab.exercises.check_knee(..., fit)", {"text/plain": "Not yet."}),
+            markdown("**Next**: [01](01_next.ipynb)"),
+        ]
+    }
+
+
+LACKING: list[tuple[Callable[[Notebook], None], str]] = [
+    (source(0, "# How much?"), "has no section 'Where it breaks'"),
+    (source(0, "# How much?\n### Where it breaks"), "has no section 'Where it breaks'"),
+    (source(1, "## Exercises"), "has no section 'Key points'"),
+    (source(1, "## Key points\n- One."), "has no section 'Exercises'"),
+    (source(1, "## Exercises\n## Key points\n- One."), "does not end in the order"),
+    (source(1, "## Key points\n## Exercises\n- One."), "has 0 key points"),
+    (source(1, "## Key points\n" + "- One.\n" * 5 + "## Exercises"), "has 5 key points"),
+    (source(2, "1 + 1"), "has no graded exercise"),
+    (source(3, "[01](01_next.ipynb)"), "does not end with a link"),
+    (source(3, "**Next**: notebook 01"), "does not end with a link"),
+]
+
+
+def test_a_good_lesson_lacks_nothing():
+    assert problems_of_lesson(lesson()) == []
+    other = lesson()
+    source(3, "## Next\n\n[README](README.md)")(other)
+    assert problems_of_lesson(other) == []
+
+
+@pytest.mark.parametrize(("change", "sentence"), LACKING, ids=[f"{i} {sentence}" for i, (_, sentence) in enumerate(LACKING)])
+def test_what_a_lesson_lacks_is_found(change, sentence):
+    notebook = lesson()
+    change(notebook)
+    assert any(sentence in problem for problem in problems_of_lesson(notebook)), problems_of_lesson(notebook)
+
+
+def test_dead_links_are_found(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("[here](README.md), [gone](gone.ipynb), [elsewhere](https://example.org/a)")
+    assert dead_links(page) == ["gone.ipynb"]
