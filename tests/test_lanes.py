@@ -56,9 +56,9 @@ def test_late_part_of_any_queue(rate, slo, share):
     ms = [known.at(b, share) for b in range(1, 17)]
     most = sum(one <= slo for one in ms)  # a longer batch would be late anyway
     found = late_part(known, share, slo, rate)
-    assert 0 <= found <= 1 + 1e-12
-    if rate * ms[most - 1] < 900 * most:  # beyond that queues grow, and how far is a matter of when one stops
-        assert found == pytest.approx(lindley(rate, ms, most, slo, 20_000), abs=0.03)
+    assert 0 <= found <= 1
+    if rate * ms[most - 1] < 800 * most:  # beyond that queues grow, and how far is a matter of when one stops
+        assert found == pytest.approx(lindley(rate, ms, most, slo, 20_000), abs=0.04)
 
 
 def test_lanes_beside_brute_force():

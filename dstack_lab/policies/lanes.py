@@ -68,7 +68,8 @@ def _late_part(times_ms: tuple[float, ...], slo_ms: float, rate_rps: float) -> f
     in_batch[-1] = 0.0  # as deep as it is followed: the queue grows
     came = stationary[:, None] * chance * np.maximum(arrived, 0)
     alone = stationary[0]  # served at once
-    return float(1 - ((came * slack * in_batch[None, :]).sum() + alone) / (came.sum() + alone))
+    in_time = (came * slack * in_batch[None, :]).sum() + alone
+    return max(0.0, float(1 - in_time / (came.sum() + alone)))  # rounding may end a hair below
 
 
 def _poisson(k: NDArray[np.int64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
