@@ -195,14 +195,5 @@ class GpuState:
         """Launches that have not ended, oldest first."""
         return [Running(v.name, g, b, s / NS_PER_MS, e / NS_PER_MS) for v, g, b, s, e in self._running.values()]
 
-    def held_pct(self, at_ms: float) -> dict[str, float]:
-        """GPU% by service of the launches that are predicted to run beyond `at_ms`."""
-        at = at_ms * NS_PER_MS + 0.5
-        held: dict[str, float] = {}
-        for view, share, _, _, end in self._running.values():
-            if end > at:
-                held[view.name] = held.get(view.name, 0.0) + share
-        return held
-
     def __getitem__(self, service: str) -> ServiceView:
         return self.by_name[service]
