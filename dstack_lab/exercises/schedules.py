@@ -168,7 +168,7 @@ def check_jain(answer: object, received: Mapping[str, float] | Iterable[float]) 
 def _of(period: PeriodPlan, service: str) -> list[Window]:
     names = list(dict.fromkeys(w.service for w in period.windows))
     require(service in names, "service", service, f"one of {names}")
-    return sorted((w for w in period.windows if w.service == service), key=lambda w: w.start_ms)
+    return sorted((w for w in period.windows if w.service == service), key=lambda w: (w.start_ms, w.end_ms))
 
 
 def _gaps(period: PeriodPlan, mine: Sequence[Window]) -> list[float]:
