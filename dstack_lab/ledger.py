@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from dstack_lab.provenance import Provenance
 from dstack_lab.services import Plan
 from dstack_lab.state import INFINITE, NEVER_NS, NS_PER_MS, Drop, GpuState, Launch, ServiceView
+from dstack_lab.trace_tables import launches_table, requests_table, services_table
 from dstack_lab.traces import EVENTS, OUTCOMES, Trace
 
 #: Room for the rounding of shares such as 33.33 three times.
@@ -240,37 +240,22 @@ class Ledger:
 
     def to_trace(self, duration_ms: float, policy: str, seed: int, provenance: Provenance) -> Trace:
         """Write the books as a `Trace`; launches still running count as not served."""
-        plan = self.plan
         rows = self._write()
         log = np.frombuffer(rows, dtype=float).reshape(-1, FIELDS) if rows else np.empty((0, FIELDS))
         number = np.arange(len(log))
         ended = np.isin(number, [*self.state._running, *self._failed], invert=True)
         log, number = log[ended], number[ended]
-        which, batch = log[:, 0].astype(np.int64), log[:, 2].astype(np.int64)
-        names = [s.name for s in plan.services]
-        services = pd.DataFrame(
-            [{"service": s.name, "model": s.model, "slo_ms": s.slo_ms, "rate_rps": s.rate_rps} for s in plan.services]
-        )
-        launches = pd.DataFrame(
-            {
-                "launch": number,
-                "service": _coded(which, names),
-                "start_ms": log[:, 3] / NS_PER_MS,
-                "end_ms": log[:, END] / NS_PER_MS,
-                "gpu_pct": log[:, SHARE],
-                "batch": batch,
-                "knee_pct": self._knees(which, batch),
-                "note": _coded(log[:, 6].astype(np.int64), self._notes),
-            }
-        )
+        service, batch, note = log[:, [0, 2, 6]].T.astype(np.int64)
+        start, end = log[:, START] / NS_PER_MS, log[:, END] / NS_PER_MS
+        launches = launches_table(self.plan, number, service, start, end, log[:, SHARE].copy(), batch, note, self._notes)
         requests = self._requests(number, log)
         events = pd.DataFrame(self.events, columns=list(EVENTS))
-        return Trace(services, requests, launches, duration_ms, policy, seed, provenance, events)
+        return Trace(services_table(self.plan), requests, launches, duration_ms, policy, seed, provenance, events)
 
     def _requests(self, number: NDArray[np.int64], log: NDArray[np.float64]) -> pd.DataFrame:
         """Spread the launches over their requests, service after service; a launch holds a range of them."""
         sizes = [times.size for times in self.arrivals_ns]
-        total, names = sum(sizes), [s.name for s in self.plan.services]
+        total = sum(sizes)
         arrival, start, finish = np.empty(total), np.full(total, np.nan), np.full(total, np.nan)
         launch, outcome = np.full(total, -1, dtype=np.int32), np.full(total, OUTCOMES.index("unserved"), dtype=np.int8)
         offset = np.concatenate(([0], np.cumsum(sizes)))
@@ -288,24 +273,4 @@ class Ledger:
             outcome[offset[index] + first : offset[index] + first + requests] = OUTCOMES.index("dropped")
         for instants in (arrival, start, finish):
             instants /= NS_PER_MS
-        columns = {
-            "service": _coded(np.repeat(np.arange(len(names), dtype=np.int8), sizes), names),
-            "arrival_ms": arrival,
-            "start_ms": start,
-            "finish_ms": finish,
-            "launch": launch,
-            "outcome": _coded(outcome, OUTCOMES),
-        }
-        return pd.DataFrame(columns, copy=False)
-
-    def _knees(self, which: NDArray[np.int64], batch: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Knee of each launch's batch [GPU%], computed once per service and batch."""
-        width = int(batch.max(initial=0)) + 1
-        used, inverse = np.unique(which * width + batch, return_inverse=True)
-        knees = [self.plan.tables[pair // width].knee_pct(int(pair % width)) for pair in used]
-        return np.asarray(knees, dtype=float)[inverse] if len(used) else np.empty(0)
-
-
-def _coded(codes: NDArray[Any], names: Iterable[str]) -> pd.Categorical:
-    """Return names by code, at one or two bytes each."""
-    return pd.Categorical.from_codes(codes.tolist() if codes.size == 0 else codes, pd.Index(list(names), dtype=object))
+        return requests_table(self.plan, sizes, arrival, start, finish, launch, outcome)

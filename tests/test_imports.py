@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     0.5: "bert brackets monotone operations",
     0.7: "fusion",
     1: "gpu_specs kernels knees services zoo",
-    1.5: "chrome_trace constraints contention kernel_cost kriging state surface",
+    1.5: "chrome_trace constraints contention kernel_cost kriging state surface trace_tables",
     2: "gpu_model kernel_model metrics",
     2.5: "bounds",
     3: "active ledger optimizer policies workloads",

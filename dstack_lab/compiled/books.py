@@ -14,10 +14,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dstack_lab.compiled.jit import jit
-from dstack_lab.ledger import _coded
 from dstack_lab.provenance import Provenance
 from dstack_lab.services import Plan
 from dstack_lab.state import NS_PER_MS
+from dstack_lab.trace_tables import launches_table, requests_table, services_table
 from dstack_lab.traces import EVENTS, OUTCOMES, Trace
 
 Floats = NDArray[np.float64]
@@ -135,37 +135,12 @@ class Books:
         """Return the trace of a run of `launches`, in the columns and types of `Ledger.to_trace`."""
         _close(self.queues)
         self.resize(launches)
-        log, plan, names = self.log, self.plan, [s.name for s in self.plan.services]
-        services = pd.DataFrame(
-            [{"service": s.name, "model": s.model, "slo_ms": s.slo_ms, "rate_rps": s.rate_rps} for s in plan.services]
+        log, queues, plan = self.log, self.queues, self.plan
+        table = launches_table(
+            plan, np.arange(launches), log.service, log.start_ms, log.end_ms, log.share, log.batch, log.note, notes
         )
-        columns = {
-            "launch": np.arange(launches),
-            "service": _coded(log.service, names),
-            "start_ms": log.start_ms,
-            "end_ms": log.end_ms,
-            "gpu_pct": log.share,
-            "batch": log.batch,
-            "knee_pct": self._knees(),
-            "note": _coded(log.note, notes),
-        }
-        requests = {
-            "service": _coded(np.repeat(np.arange(len(names), dtype=np.int8), self.sizes), names),
-            "arrival_ms": self.queues.arrival_ms,
-            "start_ms": self.queues.start_ms,
-            "finish_ms": self.queues.finish_ms,
-            "launch": self.queues.launch,
-            "outcome": _coded(self.queues.outcome, OUTCOMES),
-        }
-        frames = (services, pd.DataFrame(requests, copy=False), pd.DataFrame(columns, copy=False))
-        return Trace(*frames, duration_ms, policy, seed, made, pd.DataFrame([], columns=list(EVENTS)))
-
-    def _knees(self) -> Floats:
-        """Knee of each launch's batch [GPU%], computed once per service and batch."""
-        width = max(table.batch_max for table in self.plan.tables) + 1
-        pair = self.log.service * width
-        pair += self.log.batch
-        knees = np.full(len(self.sizes) * width, np.nan)
-        for used in np.flatnonzero(np.bincount(pair, minlength=1)):
-            knees[used] = self.plan.tables[used // width].knee_pct(int(used % width))
-        return knees[pair]
+        requests = requests_table(
+            plan, self.sizes, queues.arrival_ms, queues.start_ms, queues.finish_ms, queues.launch, queues.outcome
+        )
+        events = pd.DataFrame([], columns=list(EVENTS))
+        return Trace(services_table(plan), requests, table, duration_ms, policy, seed, made, events)
