@@ -8,7 +8,9 @@ import pandas as pd
 
 import dstack_lab as lab
 from dstack_lab import figures
+from dstack_lab.checks import positive
 from dstack_lab.devices import Cpu
+from dstack_lab.files import require_writable
 from dstack_lab.profiles import DEFAULT_PROFILE
 
 MODELS = ("squeezenet1_1", "shufflenet_v2_x1_0")
@@ -35,7 +37,17 @@ def demo(out: Path, duration_ms: float) -> pd.DataFrame:
     -------
     pandas.DataFrame
         The comparison: one row per policy, measured or simulated, and service.
+
+    Raises
+    ------
+    OSError
+        Before anything is measured, if `out` cannot be written.
+    InfeasiblePlan
+        If this machine keeps none of the SLOs at any of `LOADS`.
     """
+    require_writable(out / "data/runs/cpu.csv")
+    require_writable(out / "figures/demo-knee.png")
+    positive("duration_ms", duration_ms)
     device = Cpu()
     print(f"1/4  Measuring {' and '.join(MODELS)} on {device.describe()}\n")
     profile = lab.measure(list(MODELS), device=device, batches=BATCHES, shares=spaced(device.shares()))

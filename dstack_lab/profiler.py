@@ -21,6 +21,7 @@ from dstack_lab.devices.base import Device, Worker, WorkerDied, WorkerFailed, Wo
 from dstack_lab.devices.cpu import Cpu
 from dstack_lab.points import FEW, Point, append_point, digest, key_of, load_points
 from dstack_lab.profiles import Profile
+from dstack_lab.progress import progress_bar
 from dstack_lab.provenance import Provenance, today, versions_here
 
 #: Two consecutive windows whose medians differ by less are the same number.
@@ -122,7 +123,7 @@ def measure(
     rows: list[Point] = []
     done = 0
     with (
-        _bar(progress, total * len(names)) as bar,
+        progress_bar(progress, total * len(names), "Measuring", "point") as bar,
         contextlib.closing(_Bench(device, start, limit_ms, timeout_s, path, bar)) as bench,
     ):
         for name in names:
@@ -159,15 +160,13 @@ class _Bench:
     def point(self, model: str, batch: int, share: float) -> Point:
         """Measure one point, on a second worker if the first fails; or return it if it was measured before."""
         point = {**self.common, "model": model, "batch": batch, "gpu_pct": share}
-        if self.bar is not None:
-            self.bar.set_description(f"{model} at {share:g} %, batch {batch}")
+        self.bar.set_description(f"{model} at {share:g} %, batch {batch}")
         if key_of(point) not in self.known:
             point |= self._twice(model, batch, share)
             self.known[key_of(point)] = point
             if self.path is not None and point["mark"] != NO_MEMORY:  # more memory may help next time
                 append_point(self.path, point)
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         return self.known[key_of(point)]
 
     def knows(self, model: str, batch: int, share: float) -> bool:
@@ -274,12 +273,3 @@ def _grantable(device: Device, shares: Sequence[float] | None) -> tuple[float, .
         allowed = f"one that {device.describe()} can grant: {', '.join(f'{g:g}' for g in grid)}"
         require(abs(granted - share) <= 0.05, "share", share, allowed)
     return tuple(dict.fromkeys(near.values()))
-
-
-def _bar(progress: bool, total: int) -> Any:
-    """Return a progress bar, or None: a bare GPU server may lack tqdm."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return contextlib.nullcontext()
-    return tqdm(total=total, unit="point", disable=not progress)
