@@ -169,7 +169,15 @@ def _ranked(service: Service, table: ServiceTable, shares: Sequence[float], rate
     ms, batch, share = points(table, shares)
     good = np.flatnonzero(feasible(table, shares, service.slo_ms, rate))
     if not len(good):
-        raise InfeasiblePlan(too_slow(service, rate, float(ms[0, -1]), shares[-1], 2))
+        within = 2 * ms <= service.slo_ms
+        if not within.any():
+            raise InfeasiblePlan(too_slow(service, rate, float(ms[0, -1]), shares[-1], 2))
+        # at the rate that a point just keeps up with, its batch fills while the one before runs
+        most = float((1000 * batch / ms)[within].max())
+        raise InfeasiblePlan(
+            f"{service.name} asks for {rate:g}/s within slo_ms = {service.slo_ms:g}, but one launch after another answers "
+            f"{most:.1f}/s within it at most; lower the rate or relax the SLO"
+        )
     value, load = (x.ravel()[good] for x in (scores(table, shares, objective), rate * share * ms / batch / 1000))
     order = np.lexsort((load, -value))
     value, load, at = value[order], load[order], good[order]

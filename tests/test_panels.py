@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from traitlets import TraitError
 
 import dstack_lab as lab
+from dstack_lab.constraints import BINDINGS, OBJECTIVES
+from dstack_lab.panels.batch_planner import LIMITS
 from dstack_lab.panels.live_figure import live, marks, show
 
 V100 = lab.load_profile("v100-simulated")
@@ -111,6 +114,19 @@ def test_batch_planner_says_what_the_optimizer_says():
     assert "relax the SLO" in panel.facts()["message"]
     panel.slo_ms.value = 30.0
     assert panel.facts() == facts
+
+
+def test_batch_planner_says_plainly_what_limits_the_best_point():
+    panel = lab.panels.BatchPlanner(V100, ["resnet50", "vgg19"])
+    told = {}
+    for objective, slo, rate in itertools.product(OBJECTIVES, (12.0, 25.0, 50.0, 500.0), (2.0, 40.0, 400.0, 1500.0)):
+        panel.objective.value, panel.slo_ms.value, panel.rate_rps.value = objective, slo, rate
+        if panel.facts()["feasible"]:
+            told[panel.facts()["binds"]] = panel.describe()
+    assert len(told) >= 4, told.keys()
+    for binds, words in told.items():
+        assert ("No constraint binds" if binds == "none" else f"(“{binds}”)") in words
+    assert set(LIMITS) == set(BINDINGS) - {"GPU total"}
 
 
 def test_every_point_of_the_map_is_judged_as_the_optimizer_judges():

@@ -56,6 +56,12 @@ class Curve:
         return f"{self.model}: {self.knee}"
 
 
+@lru_cache(maxsize=64)
+def curve_of(profile: Profile, model: str, batch: int, rule: str, slo_ms: float | None) -> Curve:
+    """Curve and knee, once per setting: a slider over the share asks for the same again and again."""
+    return Curve(profile, model, batch, rule, slo_ms)
+
+
 def curves(
     profile: Profile, models: Iterable[str] | str | None, batch: int | None, rule: str, slo_ms: float | None
 ) -> tuple[list[Curve], str, int, bool]:
@@ -65,7 +71,7 @@ def curves(
     measured = [set(profile.of(name)["batch"]) for name in names]
     if batch is None:
         batch = int(min(set.intersection(*measured) or set.union(*measured)))
-    drawn = [Curve(profile, name, count("batch", batch), rule, slo_ms) for name in names]
+    drawn = [curve_of(profile, name, count("batch", batch), rule, slo_ms) for name in names]
     low, high = min(c.service_ms.min() for c in drawn), max(c.service_ms.max() for c in drawn)
     title = f"Service time and knee at batch {batch} (rule: {rule})"
     return drawn, title, batch, bool(high > 12 * low)

@@ -13,6 +13,17 @@ from dstack_lab.panels.base import Look, Panel, as_profile, offered
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
 
+#: What keeps the best point from being better, by its name in `constraints.BINDINGS`; one service alone has the whole GPU.
+LIMITS = {
+    "SLO: wait": "A better point would answer too late behind the batch before (“SLO: wait”)",
+    "SLO: fill": "A better point would answer too late while its batch fills (“SLO: fill”)",
+    "rate": "A better point could not keep up with the requests (“rate”)",
+    "largest batch": "A better point would need a larger batch than the profile holds (“largest batch”)",
+    "smallest share": "A better point would need a smaller share than can be granted (“smallest share”)",
+    "largest share": "A better point would need a larger share than there is (“largest share”)",
+    "none": "No constraint binds: no other point is better",
+}
+
 
 class BatchPlanner(Panel):
     """Batch and share of one service, by the optimizer.
@@ -73,13 +84,8 @@ class BatchPlanner(Panel):
         else:
             words = (
                 f"For {rate:,.4g} requests/s of {model} within {slo:g} ms, the best is batch {best.batch} at {best.gpu_pct:g} %: "
-                f"{best.service_ms:.3g} ms a batch, up to {1000 * best.batch / best.service_ms:,.0f} requests/s, held by "
-                f"{_said(best.binding)}. At {share} %, {at}."
+                f"{best.service_ms:.3g} ms a batch, up to {1000 * best.batch / best.service_ms:,.0f} requests/s. "
+                f"{LIMITS[best.binding]}. At {share} %, {at}."
             )
         picture = figures.choices(self.profile, found)
         return Look(facts, words, picture, partial(figures.static_choices, self.profile, found), found.words)
-
-
-def _said(binding: str) -> str:
-    """A constraint's name in a sentence."""
-    return "nothing" if binding == "none" else f"“{binding}”"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from dstack_lab import figures
-from dstack_lab.figures.curves import fitted_model
+from dstack_lab.figures.curves import curve_of
 from dstack_lab.knees import RULES
 from dstack_lab.panels.base import Look, Panel, as_profile, offered
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
@@ -48,9 +48,8 @@ class KneeExplorer(Panel):
     def _look(self) -> Look:
         model, batch, rule, share = self.model.value, self.batch.value, self.rule.value, self.gpu_pct.value
         slo = self.slo_ms.value if rule == "capacity" else None
-        fitted = fitted_model(self.profile, model)
-        ms, whole = (float(fitted.predict(batch, g)) for g in (share, 100))
-        knee = fitted.knee(batch, rule, slo_ms=slo)
+        curve = curve_of(self.profile, model, batch, rule, slo)
+        knee, ms, whole = curve.knee, curve.at(share), curve.at(100)
         known = None if knee.pct != knee.pct else round(knee.pct, 1)
         facts = {
             "model": model,
