@@ -43,6 +43,7 @@ def compare(
     variability: Variability | None = None,
     *,
     contention: Contention | None = None,
+    told: bool = True,
     admission: str = "own",
     baseline: str = "Temporal",
     shares: Iterable[float] | None = None,
@@ -72,6 +73,8 @@ def compare(
         How service times scatter; see `simulate`.
     contention : Contention, optional
         What launches cost each other; see `simulate`.
+    told : bool
+        Whether the plans know of `contention`; see `optimize`.
     admission : {"own", "one rule"}
         Whether each policy turns requests away as its system does, or all drop late ones; see
         `admission.admitted`.
@@ -121,7 +124,7 @@ def compare(
     plans, notes = {}, {}
     for factor in factors:
         try:
-            plans[factor] = plan_for(scaled(services, factor), profile, objective, shares)
+            plans[factor] = plan_for(scaled(services, factor), profile, objective, shares, contention if told else None)
         except InfeasiblePlan as error:
             notes[factor] = str(error)
     racing = named if baseline in named else {**named, baseline: Temporal()}

@@ -16,6 +16,7 @@ import pandas as pd
 from dstack_lab.bounds import Grants, bound_of, checked_services, granted_shares, service_tables, too_slow
 from dstack_lab.checks import require
 from dstack_lab.constraints import EQUAL, OBJECTIVES, binding, broken_most, feasible, points, score_of, scores
+from dstack_lab.contention import Contention
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
 
@@ -28,6 +29,7 @@ def optimize(
     overload: str = "raise",
     *,
     device: Grants | None = None,
+    contention: Contention | None = None,
 ) -> Plan:
     """Choose the share and batch of each service, exactly, over all batches and grantable shares.
 
@@ -49,6 +51,9 @@ def optimize(
         would serve more requests in all by starving the expensive services.
     device : Device, optional
         Where the plan is to run: its ``shares()`` are what can be granted.
+    contention : Contention, optional
+        What launches cost each other there. The operating points are those of networks alone; a policy that
+        chooses who runs beside whom (`DStack`) reckons with it.
 
     Returns
     -------
@@ -90,7 +95,7 @@ def optimize(
         ms = table.at(pick.batch, share)
         held = binding(table, granted, service.slo_ms, rate, pick.batch, share, objective)
         allocations.append(Allocation(service.name, share, pick.batch, ms, rate, held))
-    return Plan(services, tuple(allocations), tables, granted, objective, profile.provenance)
+    return Plan(services, tuple(allocations), tables, granted, objective, profile.provenance, contention)
 
 
 def sensitivity(plan: Plan) -> pd.DataFrame:
