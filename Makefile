@@ -39,7 +39,7 @@ check-notebooks: .venv/.ready ## run the notebooks and compare with their saved 
 browser: .venv/.ready ## use every panel in JupyterLab in Chromium; pictures go to build/browser
 	$(PY) -m pytest tests/test_browser.py -rs $(ARGS)
 
-figures: .venv/.ready ## draw the pictures of README.md
+figures: .venv/.ready ## draw the pictures of README.md and of figures/README.md
 	$(PY) -m dstack_lab figures $(ARGS)
 
 profiles: .venv/.ready ## compute the simulated profiles of data/profiles/ anew

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     verbs.add_parser("probe", help="say what this machine can do, and why not; changes nothing")
 
-    figures = verbs.add_parser("figures", help="draw the README's pictures from the simulated profile")
+    figures = verbs.add_parser("figures", help="draw the pictures of the README and the course from the simulated profile")
     figures.add_argument("--out", type=Path, default=Path("figures"))
 
     options = parser.parse_args(arguments)
@@ -111,9 +111,9 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from dstack_lab.demo import readme_figures
+    from dstack_lab.gallery import draw
 
-    for path in readme_figures(options.out):
+    for path in draw(options.out):
         print(path)
 
 

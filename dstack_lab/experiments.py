@@ -103,7 +103,7 @@ def compare(
         interval of the mean (Student's t; NaN with one seed). Against the baseline, seed by seed, with
         intervals likewise: ``goodput_rps_gain`` and ``slo_attainment_gain`` (difference),
         ``goodput_rps_ratio``, ``utilization_ratio`` and ``p99_ms_ratio``. ``admission``; ``note``: why a policy
-        cannot schedule that load, its numbers are NaN then; ``provenance``, also in ``attrs``.
+        cannot schedule that load, its numbers are NaN then; ``provenance``, also in ``attrs``, which name the ``baseline`` too.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def compare(
             head = {"policy": name, "load": load, "service": service, "bound_load": load * asked, "admission": admission}
             rows.append({**head, **_row(_of(service, mine), _of(service, base)), "provenance": str(origin)})
     table = pd.DataFrame(rows)
-    table.attrs["provenance"] = origin
+    table.attrs.update(provenance=origin, baseline=baseline)
     return table
 
 

@@ -36,7 +36,7 @@ FLOORS: dict[float, str] = {
     7: "figures",
     8: "exercises panels",
     9: "__init__",
-    9.5: "demo",  # uses the public names, as a reader would
+    9.5: "demo gallery",  # uses the public names, as a reader would
     10: "__main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

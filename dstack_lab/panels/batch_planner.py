@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 
 from dstack_lab import figures
 from dstack_lab.arrivals import Poisson
@@ -87,5 +86,4 @@ class BatchPlanner(Panel):
                 f"{best.service_ms:.3g} ms a batch, up to {1000 * best.batch / best.service_ms:,.0f} requests/s. "
                 f"{LIMITS[best.binding]}. At {share} %, {at}."
             )
-        picture = figures.choices(self.profile, found)
-        return Look(facts, words, picture, partial(figures.static_choices, self.profile, found), found.words)
+        return Look(facts, words, figures.choices(self.profile, found), found.words)

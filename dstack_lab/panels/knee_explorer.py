@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 
 from dstack_lab import figures
 from dstack_lab.figures.curves import curve_of
@@ -64,6 +63,4 @@ class KneeExplorer(Panel):
             f"{model} takes {ms:.3g} ms for a batch of {batch} on {share} % of the GPU, {ms / whole:.2f} times as long as on all "
             f"of it. By the rule {rule}: {knee}."
         )
-        drawn = {"models": [model], "batch": batch, "rule": rule, "slo_ms": slo, "at_pct": share}
-        picture = figures.knee(self.profile, **drawn)
-        return Look(facts, words, picture, partial(figures.static_knee, self.profile, **drawn))
+        return Look(facts, words, figures.knee(self.profile, model, batch, rule, slo, at_pct=share))

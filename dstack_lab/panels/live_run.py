@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import ipywidgets
@@ -201,7 +200,7 @@ class LiveRun(Panel):
             words += f"p99 {last['p99_ms']:.4g} ms."
         seen = self._so_far(f"{self._said_policy}, real workers: {self._state.partition(':')[0]}", origin, names)
         trouble = self._state if self._state.startswith("failed") else ""
-        return Look(facts, words, figures.progress(seen), partial(figures.static_progress, seen), trouble)
+        return Look(facts, words, figures.progress(seen), trouble)
 
     def _so_far(self, title: str, origin: str, names: tuple[str, ...]) -> Progress:
         """Cut what ended so far into slices of time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 
@@ -71,8 +71,7 @@ class ModelAnatomy(Panel):
             f"{parts['launch']:g} % by the launch itself. The widest offers {facts['widest_units']:,} thread blocks. Kernels "
             f"that {share} % is enough for take {100 * enough:.0f} % of the time; the whole network's knee is {whole:.0f} %."
         )
-        static = partial(figures.static_anatomy, model, batch=batch, gpu_pct=share)
-        return Look(facts, words, figures.anatomy(model, batch, share, table=table), static)
+        return Look(facts, words, figures.anatomy(model, batch, share, table=table))
 
 
 @lru_cache(maxsize=32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 
@@ -110,6 +109,4 @@ class PolicyRace(Panel):
                 f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked
             )
             words += f" in this run. {', '.join(failed)} did not finish." if failed else " in this run."
-        picture = figures.comparison(table, origin, limit)
-        static = partial(figures.static_comparison, table, provenance=origin, bound_rps=limit)
-        return Look(facts, words, picture, lambda out: static(path=out), "; ".join(said))
+        return Look(facts, words, figures.comparison(table, origin, limit), "; ".join(said))

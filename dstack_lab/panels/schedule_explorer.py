@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import plotly.graph_objects as go
@@ -116,11 +115,7 @@ class ScheduleExplorer(Panel):
             f"them with late requests{', drawn as means' if dense else ''}."
         )
         at = (view.start_ms, view.end_ms)
-        return Look(facts, words, figures.timeline(trace, *at), partial(self._static, trace, at), trouble)
-
-    @staticmethod
-    def _static(trace: Trace, at: tuple[float, float], out: Any) -> None:
-        figures.static_timeline(trace, out, *at)
+        return Look(facts, words, figures.timeline(trace, *at), trouble)
 
     def _watch_figure(self, figure: go.FigureWidget) -> None:
         figure.layout.xaxis.on_change(self._zoomed, "range")
