@@ -105,8 +105,7 @@ class PolicyRace(Panel):
         if best is None:
             words = f"At a load of {load:g} no policy came to an end."
         else:
-            words = f"At a load of {load:g}, {limit:,.0f} requests/s of those that came could be in time at most. " + ", ".join(
-                f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked
-            )
-            words += f" in this run. {', '.join(failed)} did not finish." if failed else " in this run."
+            words = f"At a load of {load:g}, at most {limit:,.0f} requests/s of those that came can be in time. In this run: "
+            words += ", ".join(f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked) + "."
+            words += f" {', '.join(failed)} did not finish." if failed else ""
         return Look(facts, words, figures.comparison(table, origin, limit), "; ".join(said))
