@@ -55,7 +55,7 @@ def batches(
     grid = np.geomspace(1, float(rows["batch"].max()), 40) if rows["batch"].max() > 1 else np.array([1.0])
     title = f"{model}: what a batch costs and buys"
     made = style.figure(title, str(profile.provenance), width=width, height=420, right=80)
-    made.set_subplots(rows=1, cols=2, horizontal_spacing=0.19)
+    made.set_subplots(rows=1, cols=2, horizontal_spacing=0.25)
     ticks = sorted({int(b) for b in rows["batch"]})
     ticks = [b for b in ticks if b & (b - 1) == 0] or ticks[:8]
     made.update_xaxes(style.axis("Batch [requests]", type="log", tickvals=ticks))
@@ -72,15 +72,14 @@ def batches(
             made.add_traces(_pair(grid, line, b, dots, at, share, cue, limit, column), rows=1, cols=column)
     slowest = max(*latest, float(rows["service_ms"].max() if shares is None else 0), limit or 0)
     made.update_yaxes(style.log_axis("Service time [ms]", 0.8 * min(fastest, (limit or fastest) / 2), 1.3 * slowest), col=1)
-    _label_ends(made, chosen, latest, rates)
-    if limit is not None:
-        for at_ms, words, dash in ((limit, "SLO", "dash"), (limit / 2, "half", "dot")):
-            made.add_hline(at_ms, row=1, col=1, line={"color": style.GREY, "dash": dash, "width": 1.5})
-            made.add_annotation(
-                style.note(
-                    f"{words} {at_ms:g} ms", 0.01, float(np.log10(at_ms)), xref="x domain", xanchor="left", yanchor="bottom"
-                )
-            )
+    limits = {} if limit is None else {f"SLO {limit:g} ms": (limit, "dash"), f"half: {limit / 2:g} ms": (limit / 2, "dot")}
+    for at_ms, dash in limits.values():
+        made.add_hline(at_ms, row=1, col=1, line={"color": style.GREY, "dash": dash, "width": 1.5})
+    labels = [style.label(cue, f"{share:g} %") for share, cue in zip(chosen, style.cues(map(str, chosen)).values(), strict=True)]
+    # plotly places annotations on a logarithmic axis by the logarithm
+    ends = np.log10([*latest, *(at_ms for at_ms, _ in limits.values())]).tolist()
+    _label_ends(made, 1, [*labels, *limits], ends, 2.0)
+    _label_ends(made, 2, labels, rates, max(rates))
     return made
 
 
@@ -108,13 +107,12 @@ def _pair(
     return drawn
 
 
-def _label_ends(made: go.Figure, shares: list[float], latest: list[float], rates: list[float]) -> None:
-    """Write each share at the end of its curves, labels apart."""
-    # plotly places annotations on a logarithmic axis by the logarithm
-    for x, y, ends, span in (("x", "y", np.log10(latest).tolist(), 2.0), ("x2", "y2", rates, max(rates))):
-        for share, cue, end in zip(shares, style.cues(map(str, shares)).values(), style.spread(ends, span / 18), strict=True):
-            words = style.label(cue, f"{share:g} %")
-            made.add_annotation(style.note(words, 1, end, xref=f"{x} domain", yref=y, xanchor="left", xshift=4))
+def _label_ends(made: go.Figure, column: int, labels: Iterable[str], ends: list[float], span: float) -> None:
+    """Write a label at the right end of each line, labels apart."""
+    axis = "" if column == 1 else str(column)
+    for words, end in zip(labels, style.spread(ends, span / 18), strict=True):
+        where = {"xref": f"x{axis} domain", "yref": f"y{axis}", "xanchor": "left", "xshift": 4, "align": "left"}
+        made.add_annotation(style.note(words, 1, end, **where))
 
 
 def _some(shares: np.ndarray, most: int = 4) -> list[float]:
