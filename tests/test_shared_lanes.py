@@ -119,7 +119,7 @@ class TestLanes:
             shares=SHARES,
         )
         asked = knowing(asked, slowdown)
-        planner, best = _Planner(asked, True), float("inf")
+        planner, best = _Planner(asked, True, 20), float("inf")
         for groups in (((0,), (1,), (2,)), ((0, 1), (2,)), ((0, 2), (1,)), ((1, 2), (0,)), ((0, 1, 2),)):
             for widths in itertools.product(range(len(SHARES)), repeat=len(groups)):
                 if sum(SHARES[w] for w in widths) <= 100:
@@ -179,6 +179,23 @@ class TestPlans:
         assert other.launches.equals(one.launches)
         assert other.requests.equals(one.requests)
 
+    def test_a_run_costs_what_the_plan_expects_unless_told_otherwise(self):
+        known = lab.load_profile("v100-simulated")
+        told = plan_for(lab.workload("C-4", known, 0.65), known, "efficacy", None, Contention())
+        default, same, free = (
+            lab.simulate(told, lab.DStack(reject=True), 1000, 1, contention=c) for c in (None, Contention(), Contention(0))
+        )
+        assert default.launches.equals(same.launches)
+        alone = [
+            told.tables[i].at(b, g)
+            for i, b, g in zip(free.launches["service"].cat.codes, free.launches["batch"], free.launches["gpu_pct"], strict=True)
+        ]
+        assert (free.launches["end_ms"] - free.launches["start_ms"]).tolist() == pytest.approx(alone, abs=1e-5)
+        assert (same.launches["end_ms"] - same.launches["start_ms"]).sum() > 1.02 * sum(
+            told.tables[i].at(b, g)
+            for i, b, g in zip(same.launches["service"].cat.codes, same.launches["batch"], same.launches["gpu_pct"], strict=True)
+        )
+
     def test_service_times_of_a_plan_stay_those_alone(self):
         """What is true of the GPU is applied by whoever runs the plan, once."""
         known = lab.load_profile("v100-simulated")
@@ -201,7 +218,7 @@ class TestPlans:
         known = lab.load_profile("v100-simulated")
         plan = lab.optimize(lab.workload("C-2", known, 0.5), known, contention=Contention())
         marks = lab.simulate(plan, lab.DStack(), 1000).provenance.marks
-        assert "python engine: the plan knows of contention" in marks
+        assert "python engine: service times scatter or launches slow each other" in marks
 
     def test_a_device_prepares_the_lanes_shares(self):
         known = lab.load_profile("v100-simulated")

@@ -71,8 +71,6 @@ def choose(engine: Engine, plan: Plan, policy: Policy, duration_ms: float, as_pr
     if engine == "python" or (engine == "auto" and expected_requests(plan, duration_ms) <= MANY):
         return False, ()
     found = obstacle(policy) if as_predicted else "service times scatter or launches slow each other"
-    if not found and plan.contention is not None and isinstance(policy, DStack):
-        found = "the plan knows of contention"
     if engine == "auto":
         return not found, (f"python engine: {found}",) if found else ()
     cure = "'auto' or 'python'" if "numba" not in found else "'auto' or 'python', or install numba: pip install dstack-lab[fast]"

@@ -20,8 +20,8 @@ from dstack_lab.policies.lane_queue import Rider, late_in_turns
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service
 from dstack_lab.state import INFINITE
 
-#: Shares that are tried, about; the plan's may be many more.
-GRID = 60
+#: Shares that are tried to find out who shares a lane, about, and then to find its width; the plan's may be more.
+COARSE, FINE = 20, 60
 #: Requests that not even this part of a full batch, begun now, would serve in time are given up: the less is tried for
 #: them, the larger are the batches of those that can be served. Each lane takes what does better.
 HOPELESS = (0.5, 1.0)
@@ -89,7 +89,7 @@ def share_lanes(plan: Plan, drop: bool) -> SharedLanes:
 @lru_cache(maxsize=64)
 def _share(plan: Plan, drop: bool) -> SharedLanes | None:
     """Plans are compared by identity: one that is used for several seeds is thought through once."""
-    planner = _Planner(plan, drop)
+    planner = _Planner(plan, drop, COARSE)
     groups: _Groups = tuple((m,) for m in range(len(plan.services)))
     best = planner.tried(groups)
     while len(groups) > 1:
@@ -103,7 +103,10 @@ def _share(plan: Plan, drop: bool) -> SharedLanes | None:
             continue
         score, groups = min(found, key=lambda pair: planner.worse(pair[0]))
         best = score if best is None or planner.worse(score) < planner.worse(best) else best
-    return None if best is None else planner.lanes(best)
+    if best is None:
+        return None
+    finer = _Planner(plan, drop, FINE)
+    return finer.lanes(finer.tried(best.groups) or best)
 
 
 _Groups = tuple[tuple[int, ...], ...]
@@ -137,10 +140,10 @@ class _Tried:
 class _Planner:
     """Lanes of one plan; members are positions in its services, widths in `grid`."""
 
-    def __init__(self, plan: Plan, drop: bool) -> None:
+    def __init__(self, plan: Plan, drop: bool, grid: int) -> None:
         self.plan, self.drop = plan, drop
         self.contention = Contention(0) if plan.contention is None else plan.contention
-        step = max(1, len(plan.shares) // GRID)
+        step = max(1, len(plan.shares) // grid)
         self.grid = plan.shares[::-1][::step][::-1]  # the widest among them
         self.slo = [s.slo_ms for s in plan.services]
         # what is given up is given up here: a plan beyond the bound was sized for a part of the rates
