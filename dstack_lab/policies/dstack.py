@@ -63,21 +63,21 @@ class DStack(Policy):
 
     def reset(self, plan: Plan) -> None:
         """Place the windows, or lanes that services share; may lower shares or batches to make them fit."""
-        self.keeper: LaneKeeper | None = None
+        names, longest = [s.name for s in plan.services], max(s.slo_ms for s in plan.services)
+        self.scores = Scoreboard(names, longest, MEMORY)
         if knows(plan):
-            self._keep(plan)
-            return
-        period = plan_period(plan, self.reject, self.beside)
-        self.scores = Scoreboard([a.service for a in period.allocations], period.period_ms, MEMORY)
-        self._adopt(plan, period, 0.0)
+            self._keep(LaneKeeper(share_lanes(plan, self.reject), self.reject))
+        else:
+            self._adopt(plan, plan_period(plan, self.reject, self.beside), 0.0)
 
-    def _keep(self, plan: Plan) -> None:
+    def _keep(self, keeper: LaneKeeper) -> None:
         """Follow lanes that services share, since launches slow each other down."""
-        self.keeper = LaneKeeper(share_lanes(plan, self.reject), self.reject)
-        self.point, self.needs_pct = self.keeper.points, self.keeper.needs_pct
+        self.keeper: LaneKeeper | None = keeper
+        self.point, self.needs_pct = keeper.points, keeper.needs_pct
 
     def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
         """Follow the windows of `period` from `now` on."""
+        self.keeper = None
         self.point = {a.service: a for a in period.allocations}
         self.ladder = ladders(plan, period)
         self.calendar = Calendar(period, now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Wake
 from dstack_lab.policies.shared_lanes import SharedLanes
 from dstack_lab.services import Allocation
@@ -15,12 +17,16 @@ class LaneKeeper:
     shared : SharedLanes
     drop : bool
         Give up requests that are lost, as each lane says.
+    factors : mapping of str to float, optional
+        Time alone over the predicted one, by service, that the lanes were made for; 1 by default.
     """
 
-    def __init__(self, shared: SharedLanes, drop: bool) -> None:
+    def __init__(self, shared: SharedLanes, drop: bool, factors: Mapping[str, float] | None = None) -> None:
         self.shared, self.drop = shared, drop
         self.needs_pct = min(lane.gpu_pct for lane in shared.lanes)
-        self._slow = {p.service: s for lane in shared.lanes for p, s in zip(lane.points, lane.slowdown, strict=True)}
+        known = factors or {}
+        pairs = [(p.service, s) for lane in shared.lanes for p, s in zip(lane.points, lane.slowdown, strict=True)]
+        self._slow = {name: slow * known.get(name, 1.0) for name, slow in pairs}
 
     @property
     def points(self) -> dict[str, Allocation]:

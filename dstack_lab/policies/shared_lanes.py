@@ -60,7 +60,7 @@ class SharedLanes:
     fullest: float
 
 
-def share_lanes(plan: Plan, drop: bool) -> SharedLanes:
+def share_lanes(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None = None) -> SharedLanes:
     """Choose who shares a lane with whom, and how wide each lane is, to make as few as possible late.
 
     Begins with a lane for each service and merges two at a time, those that do best together, down to one lane for
@@ -70,16 +70,18 @@ def share_lanes(plan: Plan, drop: bool) -> SharedLanes:
     Parameters
     ----------
     plan : Plan
-        Its ``contention`` says what launches cost each other, nothing if it is None; its allocations the rates.
+        Its ``contention`` says what launches cost each other, nothing if it is None.
     drop : bool
         Whether requests that are lost are given up; if not, rates that the lanes cannot sustain have no plan.
+    rates_rps : tuple of float, optional
+        Of each service. By default those of the plan's allocations, or with `drop` all that the services ask for.
 
     Raises
     ------
     InfeasiblePlan
         If the SLOs leave no lanes, or, without `drop`, the best ones do not keep up.
     """
-    found = _share(plan, drop)
+    found = _share(plan, drop, rates_rps)
     if found is None or (not drop and found.fullest > 1 + EPSILON):
         asks = ", ".join(f"{s.name} at {a.rate_rps:g}/s within {s.slo_ms:g} ms" for s, a in _asked(plan))
         raise InfeasiblePlan(f"no lanes hold these services, slowed down as they are beside each other: {asks}; lower a rate")
@@ -87,9 +89,9 @@ def share_lanes(plan: Plan, drop: bool) -> SharedLanes:
 
 
 @lru_cache(maxsize=64)
-def _share(plan: Plan, drop: bool) -> SharedLanes | None:
+def _share(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None) -> SharedLanes | None:
     """Plans are compared by identity: one that is used for several seeds is thought through once."""
-    planner = _Planner(plan, drop, COARSE)
+    planner = _Planner(plan, drop, COARSE, rates_rps)
     groups: _Groups = tuple((m,) for m in range(len(plan.services)))
     best = planner.tried(groups)
     while len(groups) > 1:
@@ -105,7 +107,7 @@ def _share(plan: Plan, drop: bool) -> SharedLanes | None:
         best = score if best is None or planner.worse(score) < planner.worse(best) else best
     if best is None:
         return None
-    finer = _Planner(plan, drop, FINE)
+    finer = _Planner(plan, drop, FINE, rates_rps)
     return finer.lanes(finer.tried(best.groups) or best)
 
 
@@ -140,14 +142,15 @@ class _Tried:
 class _Planner:
     """Lanes of one plan; members are positions in its services, widths in `grid`."""
 
-    def __init__(self, plan: Plan, drop: bool, grid: int) -> None:
+    def __init__(self, plan: Plan, drop: bool, grid: int, rates_rps: tuple[float, ...] | None = None) -> None:
         self.plan, self.drop = plan, drop
         self.contention = Contention(0) if plan.contention is None else plan.contention
         step = max(1, len(plan.shares) // grid)
         self.grid = plan.shares[::-1][::step][::-1]  # the widest among them
         self.slo = [s.slo_ms for s in plan.services]
-        # what is given up is given up here: a plan beyond the bound was sized for a part of the rates
-        self.rate = [s.rate_rps if drop else a.rate_rps for s, a in _asked(plan)]
+        # a plan beyond the bound was sized for a part of the rates: what is given up, is given up here
+        known = tuple(s.rate_rps if drop else a.rate_rps for s, a in _asked(plan))
+        self.rate = known if rates_rps is None else rates_rps
         self.ms = [[[t.at(b, g) for b in range(1, t.batch_max + 1)] for g in self.grid] for t in plan.tables]
         self._late: dict[tuple[object, ...], tuple[tuple[float, ...], float]] = {}
 
