@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
+JOBS ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test quick notebooks check-notebooks browser figures profiles bench lint clean
@@ -24,8 +25,14 @@ demo: .venv/.ready ## measure networks on this machine, plan, compare two schedu
 lab: .venv/.ready ## open JupyterLab on the first notebook
 	$(PY) -m jupyterlab notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
+# First what may share the machine, a process a core (JOBS=0 for one process in all); then what needs the cores for itself.
 test: .venv/.ready ## run every test, the notebooks too (ARGS="-k name" selects)
+ifeq ($(ARGS),)
+	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not alone"; shared=$$?; \
+	$(PY) -m pytest -m alone && exit $$shared
+else
 	$(PY) -m pytest $(ARGS)
+endif
 
 quick: .venv/.ready ## run the tests that start no process
 	$(PY) -m pytest -m "not slow" $(ARGS)

@@ -160,7 +160,7 @@ class _Bench:
     def point(self, model: str, batch: int, share: float) -> Point:
         """Measure one point, on a second worker if the first fails; or return it if it was measured before."""
         point = {**self.common, "model": model, "batch": batch, "gpu_pct": share}
-        self.bar.set_description(f"{model} at {share:g} %, batch {batch}")
+        self.bar.set_description_str(f"{model} at {share:g} %, batch {batch}")
         if key_of(point) not in self.known:
             point |= self._twice(model, batch, share)
             self.known[key_of(point)] = point

@@ -26,5 +26,5 @@ class _NoBar:
     def update(self, amount: float = 1) -> None:
         """Nothing to show."""
 
-    def set_description(self, text: str) -> None:
+    def set_description_str(self, text: str) -> None:
         """Nothing to show."""

@@ -22,6 +22,30 @@ def pytest_configure(config: pytest.Config) -> None:
         nbval.kernel.pformat = lambda *args, **kwargs: ""
 
 
+#: Files that take longest: where several processes share the tests, these begin first.
+LONGEST = (
+    "test_browser",
+    "test_notebooks",
+    "test_exercises",
+    "test_agenda",
+    "test_compiled",
+    "test_exercises_policies",
+    "test_mps",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, a file stays in one, with its fixtures; notebooks may part."""
+    if not hasattr(config, "workerinput"):
+        return
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if "results" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of published measurements to compare with; it is not part of the repository."""
