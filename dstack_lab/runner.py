@@ -30,7 +30,15 @@ from dstack_lab.turns import RuleBroken
 
 
 class RunError(RuntimeError):
-    """The device failed for good in the middle of a run; `trace` holds the run so far."""
+    """The device failed for good in the middle of a run.
+
+    Parameters
+    ----------
+    message : str
+        What failed, and the cure.
+    trace : Trace
+        The run so far.
+    """
 
     def __init__(self, message: str, trace: Trace) -> None:
         super().__init__(message)

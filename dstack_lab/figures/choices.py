@@ -61,6 +61,15 @@ class Choices:
 def choose(profile: Profile, service: Service, objective: str, at_pct: float) -> Choices:
     """Find the best points of a service.
 
+    Parameters
+    ----------
+    profile : Profile
+    service : Service
+    objective : str
+        What the best point is chosen for, as in `optimize`.
+    at_pct : float
+        A share to look at beside it [GPU%].
+
     Raises
     ------
     ValueError

@@ -77,7 +77,14 @@ def replay(trace: Trace, slices: int = 20) -> Progress:
 
 
 def progress(so_far: Progress, *, width: int = style.WIDTH) -> go.Figure:
-    """Draw a run so far: requests in time, median latency and GPU% held, by service, over time."""
+    """Draw a run so far: requests in time, median latency and GPU% held, by service, over time.
+
+    Parameters
+    ----------
+    so_far : Progress
+    width : int
+        Of the figure [px].
+    """
     made = style.figure(so_far.title, so_far.origin, width=width, height=400, showlegend=True)
     made.set_subplots(rows=1, cols=3, horizontal_spacing=0.1)
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12}})

@@ -76,7 +76,13 @@ class Cue:
 
 
 def cues(names: Iterable[str]) -> dict[str, Cue]:
-    """Cue of each service, by its place in `names`."""
+    """Return what tells each service from the others, by its place among them.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of the services.
+    """
     return {
         name: Cue(
             COLORS[i % len(COLORS)],
