@@ -25,14 +25,9 @@ demo: .venv/.ready ## measure networks on this machine, plan, compare two schedu
 lab: .venv/.ready ## open JupyterLab on the first notebook
 	$(PY) -m jupyterlab notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-# First what may share the machine, a process a core (JOBS=0 for one process in all); then what needs the cores for itself.
+# A process for each core; JOBS=0 runs all in one, where a debugger works.
 test: .venv/.ready ## run every test, the notebooks too (ARGS="-k name" selects)
-ifeq ($(ARGS),)
-	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not alone"; shared=$$?; \
-	$(PY) -m pytest -m alone && exit $$shared
-else
-	$(PY) -m pytest $(ARGS)
-endif
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 quick: .venv/.ready ## run the tests that start no process
 	$(PY) -m pytest -m "not slow" $(ARGS)
