@@ -73,7 +73,7 @@ def run(
     Parameters
     ----------
     plan : Plan
-        Made from a profile of this device.
+        Made from a profile of this device; another's leaves a mark on the trace.
     policy : Policy
     device : Device, optional
         `Cpu()` by default.
@@ -124,7 +124,7 @@ def run(
     with Fleet(device, plan, policy.shares(plan), seed, options, first) as fleet:
         with progress_bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
             fleet.wait_ready(start_timeout_s, bar.update)
-        marks = device.marks()
+        marks = (*device.marks(), *_planned_elsewhere(plan, device))
         session = Session(ledger, policy, fleet, device, hung_ms)
         session.watch = watch
         error: RuleBroken | FleetLost | None = None
@@ -154,6 +154,14 @@ def run(
     if error is not None:
         raise PolicyError(str(error), trace) from error.__cause__
     return trace
+
+
+def _planned_elsewhere(plan: Plan, device: Device) -> tuple[str, ...]:
+    """Mark a run whose plan is not of this device: it may be tried, and a reader must see it."""
+    source = plan.provenance
+    if source.kind == "measured" and source.device == device.describe():
+        return ()
+    return (f"planned elsewhere: with service times {source.kind} of {source.device}",)
 
 
 def _annotate(trace: Trace, told: dict[int, Message]) -> None:
