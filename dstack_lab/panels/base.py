@@ -78,6 +78,14 @@ class Panel:
         made = controls.choice(field, label, list(options), tooltip, value)
         return self._add(field, made, made)  # type: ignore[no-any-return]
 
+    def _networks(
+        self, models: Iterable[str] | str | None, known: Iterable[str], tooltip: str, where: str = "the profile"
+    ) -> list[str]:
+        """Add the list of networks, `model`; return those on it. Those asked for and not known are named for good."""
+        names, self._lasting = offered(models, known, where)
+        self.model = self._choice("model", "Network", names, tooltip, "resnet50" if "resnet50" in names else None)
+        return names
+
     def _slider(
         self, field: str, label: str, low: float, high: float, value: float, tooltip: str, **more: Any
     ) -> ipywidgets.Widget:

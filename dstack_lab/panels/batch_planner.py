@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dstack_lab import figures
 from dstack_lab.arrivals import Poisson
 from dstack_lab.constraints import OBJECTIVES
-from dstack_lab.panels.base import Look, Panel, as_profile, offered
+from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
 
@@ -45,9 +45,7 @@ class BatchPlanner(Panel):
     ) -> None:
         super().__init__()
         self.profile = as_profile(profile)
-        names, self._lasting = offered(models, self.profile.models)
-        first = "resnet50" if "resnet50" in names else names[0]
-        self.model = self._choice("model", "Network", names, "Which network answers the requests", first)
+        self._networks(models, self.profile.models, "Which network answers the requests")
         self.slo_ms = self._slider("slo_ms", "SLO [ms]", 1.0, 500.0, 50.0, "Longest time from arrival to answer", step=1.0)
         self.rate_rps = self._slider(
             "rate_rps", "Rate [requests/s]", 1.0, 10_000.0, 400.0, "Requests that arrive each second", step=0.02, log=True

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dstack_lab import figures
 from dstack_lab.figures.curves import curve_of
 from dstack_lab.knees import RULES
-from dstack_lab.panels.base import Look, Panel, as_profile, offered
+from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 
 
@@ -33,11 +33,9 @@ class KneeExplorer(Panel):
     ) -> None:
         super().__init__()
         self.profile = as_profile(profile)
-        names, self._lasting = offered(models, self.profile.models)
+        names = self._networks(models, self.profile.models, "Whose service time is drawn")
         rows = self.profile.table
         most = int(rows.loc[rows["model"].isin(names), "batch"].max())
-        first = "resnet50" if "resnet50" in names else names[0]
-        self.model = self._choice("model", "Network", names, "Whose service time is drawn", first)
         self.batch = self._slider("batch", "Batch [requests]", 1, most, min(8, most), "Requests answered by one launch")
         self.gpu_pct = self._slider("gpu_pct", "Share [GPU%]", 1, 100, 50, "Part of the GPU's multiprocessors a launch may use")
         self.rule = self._choice("rule", "Rule of the knee", RULES, "What counts as hardly any faster")

@@ -12,7 +12,7 @@ from dstack_lab.checks import require
 from dstack_lab.figures.anatomies import parts_of
 from dstack_lab.kernel_model import KernelModel
 from dstack_lab.knees import knee_pct
-from dstack_lab.panels.base import Look, Panel, offered
+from dstack_lab.panels.base import Look, Panel
 
 
 class ModelAnatomy(Panel):
@@ -33,11 +33,9 @@ class ModelAnatomy(Panel):
 
     def __init__(self, models: Iterable[str] | str | None = None, gpu: str = "V100") -> None:
         super().__init__()
-        names, self._lasting = offered(models, zoo.names(), "the zoo")
         gpus = [spec.name for spec in gpu_specs.SPECS.values()]
         require(gpu in gpus, "gpu", gpu, f"one of {', '.join(gpus)}")
-        first = "resnet50" if "resnet50" in names else names[0]
-        self.model = self._choice("model", "Network", names, "Whose kernels are drawn", first)
+        self._networks(models, zoo.names(), "Whose kernels are drawn", "the zoo")
         self.gpu = self._choice("gpu", "GPU", gpus, "Modelled from its data sheet", gpu)
         self.batch = self._slider("batch", "Batch [requests]", 1, 64, 1, "Requests answered by one launch")
         self.gpu_pct = self._slider("gpu_pct", "Share [GPU%]", 1, 100, 50, "Part of the GPU's multiprocessors")
