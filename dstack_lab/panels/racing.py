@@ -112,6 +112,11 @@ def ran(plan: Plan, policy: Policy, name: str, duration_ms: float, seed: int) ->
         return None, f"{name} broke a rule: {broken}{why}"
     except Exception as error:  # a reader's own class may fail anywhere
         return None, f"{name} failed: {type(error).__name__}: {error}"
-    if not len(trace.launches) and len(trace.requests):
-        return trace, f"{name} launched nothing: all {len(trace.requests)} requests went unserved; decide() must return a Launch"
-    return trace, ""
+    return trace, idle(trace, name)
+
+
+def idle(trace: Trace, name: str) -> str:
+    """Say that a policy launched nothing, if so."""
+    if len(trace.launches) or not len(trace.requests):
+        return ""
+    return f"{name} launched nothing: all {len(trace.requests)} requests went unserved; decide() must return a Launch"
