@@ -84,9 +84,10 @@ class Lazy(lab.Policy):
 
 class Stuck(lab.Policy):
     def __init__(self):
-        self.let_go = threading.Event()
+        self.asked, self.let_go = threading.Event(), threading.Event()
 
     def decide(self, state):
+        self.asked.set()
         self.let_go.wait(60)
         return []
 
@@ -108,7 +109,7 @@ def test_a_policy_that_fails_on_real_workers_is_words_and_the_panel_goes_on(monk
     panel.policy.value = "Stuck"
     monkeypatch.setattr("dstack_lab.panels.live_run.STOP_S", 0.2)
     panel.start()
-    assert comes(lambda: panel.facts()["state"] == "running" or stuck.let_go.is_set())
+    assert stuck.asked.wait(60)
     panel.stop()
     assert "Stuck does not return from decide()" in panel.facts()["message"]
     assert panel.running
@@ -144,6 +145,7 @@ def test_a_kernel_that_is_interrupted_or_restarted_leaves_no_worker():
         client.execute("panel = lab.panels.LiveRun(); panel.start(); panel.wait()")
         assert comes(lambda: workers(pid))
         manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=60)["content"]["ename"] == "KeyboardInterrupt"
         told = {"state": "panel.facts()['state']", "running": "panel.running", "again": "not panel.start_button.disabled"}
         answer = client.execute_interactive("pass", user_expressions=told, timeout=60)["content"]["user_expressions"]
         found = {name: value["data"]["text/plain"] for name, value in answer.items()}
