@@ -94,7 +94,7 @@ def test_every_word_of_the_figure_is_on_paper(every, name, tmp_path):
     for axis in [*figure.select_xaxes(), *figure.select_yaxes()]:
         if axis.visible is not False:
             words += [axis.title.text or "", *([] if axis.showticklabels is False else axis.ticktext or ())]
-    words += [t.name for t in figure.data if (layout.showlegend if t.showlegend is None else t.showlegend)]
+    words += [t.name for t in figure.data if layout.showlegend and t.showlegend is not False]
     glyphs = re.compile(f"^[{style.GLYPHS}]")
     missing = [word for word in words if glyphs.sub("", plain(word)) not in on_paper]
     assert len(words) > 2

@@ -131,6 +131,7 @@ def choices(profile: Profile, found: Choices, *, width: int = style.WIDTH) -> go
                 zmax=high,
                 colorscale=colorscale,
                 showscale=False,
+                showlegend=False,
                 customdata=found.table.ms.astype(np.float32),
                 hoverongaps=False,
                 hovertemplate=f"{hover}{words}<extra></extra>",
@@ -146,6 +147,7 @@ def choices(profile: Profile, found: Choices, *, width: int = style.WIDTH) -> go
             y=[best.batch if best else None],
             mode="markers",
             name="best",
+            showlegend=False,
             marker=star,
             cliponaxis=False,
             hovertemplate="best: batch %{y} at %{x} GPU%<extra></extra>",
@@ -174,7 +176,6 @@ def _add_share(made: go.Figure, found: Choices) -> None:
                 y=times,
                 mode="lines",
                 name=name,
-                showlegend=True,
                 line={"color": color, "dash": dash, "width": 2.5},
                 hovertemplate=f"{name}<br>batch %{{x}}: %{{y:.4~g}} ms<extra></extra>",
             ),
@@ -187,7 +188,6 @@ def _add_share(made: go.Figure, found: Choices) -> None:
             y=np.where(good, 0.02 * top, np.nan),
             mode="markers",
             name="allowed",
-            showlegend=True,
             marker={"symbol": "square", "size": 6, "color": _FEASIBLE},
             hovertemplate="batch %{x} is allowed<extra></extra>",
         ),
@@ -201,7 +201,6 @@ def _add_share(made: go.Figure, found: Choices) -> None:
             y=[max(float(t[here.batch - 1]) for t in lines.values()) if here else None],
             mode="markers",
             name="best at this share",
-            showlegend=True,
             marker={"symbol": "star", "size": 14, "color": "white", "line": {"color": "black", "width": 1.5}},
             hovertemplate="best here: batch %{x}<extra></extra>",
         ),
@@ -211,7 +210,10 @@ def _add_share(made: go.Figure, found: Choices) -> None:
     slo = found.service.slo_ms
     made.add_hline(slo, row=1, col=2, line={"color": style.GREY, "dash": "dot", "width": 2})
     made.add_annotation(style.note(f"SLO {slo:g} ms", 1, slo, xref="x2 domain", yref="y2", xanchor="right", yanchor="bottom"))
-    made.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "font": {"size": 11}})
+    made.update_layout(
+        showlegend=True,
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "font": {"size": 11}},
+    )
     made.update_layout(margin_t=made.layout.margin.t + 34)
 
 
@@ -236,7 +238,7 @@ def _regions(wrong: NDArray[np.int64]) -> list[tuple[str, float, float]]:
         b, g = np.nonzero(wrong == kind)
         if len(b) > 0.04 * wrong.size:
             middle = np.argmin(((b - np.median(b)) / wrong.shape[0]) ** 2 + ((g - np.median(g)) / wrong.shape[1]) ** 2)
-            found.append((words, float(np.clip(g[middle] + 1, 28, 72)), float(b[middle] + 1)))
+            found.append((words, float(np.clip(g[middle] + 1, 31, 69)), float(b[middle] + 1)))
     return found
 
 

@@ -168,7 +168,7 @@ class Sheet:
         axes.annotate(_words(found[3] if found else note.text), (at[0], at[1]), shift, **look)
 
     def _legend(self) -> None:
-        shown = [t for t in self.figure.data if (self.layout.showlegend if t.showlegend is None else t.showlegend)]
+        shown = [t for t in self.figure.data if self.layout.showlegend and t.showlegend is not False]
         if not shown:
             return
         told = self.layout.legend

@@ -39,7 +39,7 @@ class KneeExplorer(Panel):
         self.batch = self._slider("batch", "Batch [requests]", 1, most, min(8, most), "Requests answered by one launch")
         self.gpu_pct = self._slider("gpu_pct", "Share [GPU%]", 1, 100, 50, "Part of the GPU's multiprocessors a launch may use")
         self.rule = self._choice("rule", "Rule of the knee", RULES, "What counts as hardly any faster")
-        self.slo_ms = self._slider("slo_ms", "SLO [ms]", 1.0, 500.0, 50.0, "For the rule capacity", step=1.0)
+        self.slo_ms = self._slider("slo_ms", "SLO for capacity [ms]", 1.0, 500.0, 50.0, "For the rule capacity alone", step=1.0)
         self._begin()
 
     def _look(self) -> Look:
