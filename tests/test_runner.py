@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -87,18 +86,8 @@ def test_a_real_run_has_the_simulators_schema_and_requests(policy):
     assert np.allclose(real.requests["arrival_ms"], simulated.requests["arrival_ms"])
     assert real.provenance.kind == "measured"
     assert "core" in real.provenance.device
-    assert "planned elsewhere: with service times measured of this machine" in real.provenance.marks
     assert real.events.empty
     assert not children()
-
-
-def test_a_plan_of_this_machine_leaves_no_mark():
-    made = plan(6)
-    here = replace(made, provenance=lab.Provenance("measured", Cpu().describe(), "core sets"))
-    assert not any("planned elsewhere" in mark for mark in lab.run(here, lab.Temporal(), Cpu(), 300).provenance.marks)
-    guessed = replace(here, provenance=replace(here.provenance, kind="simulated"))
-    marks = lab.run(guessed, lab.Temporal(), Cpu(), 300).provenance.marks
-    assert f"planned elsewhere: with service times simulated of {Cpu().describe()}" in marks
 
 
 def test_the_same_request_gets_the_same_answer_whatever_its_batch():
@@ -306,3 +295,34 @@ def test_leases_are_disjoint_and_keep_a_worker_where_it_was():
     assert b.cores == before
     leases.take(c)
     assert not set(b.cores) & set(c.cores)
+
+
+def test_oversubscribed_leases_fill_the_cores_evenly():
+    leases = CoreLeases(range(4), oversubscribe=True)
+    workers = [Double(pid, 3) for pid in range(4)]
+    for worker in workers:
+        leases.take(worker)
+    held = [core for worker in workers for core in worker.cores]
+    assert [held.count(core) for core in range(4)] == [3, 3, 3, 3]
+    with pytest.raises(RuntimeError, match="holds cores already"):
+        leases.take(workers[0])
+    for worker in workers:
+        leases.give(worker)
+    leases.take(workers[0])
+    with pytest.raises(RuntimeError, match=r"needs 5 cores, 4 are free"):
+        leases.take(Double(9, 5))
+
+
+def test_batches_of_all_services_at_once_on_the_same_cores():
+    trace = lab.run(plan(20, 20), lab.Triton(), Cpu(oversubscribe=True), 1500, seed=2, drain_ms=30_000)
+    assert (trace.requests["outcome"] == "served").all()
+    assert (trace.launches["gpu_pct"] == 100).all()
+    assert any("oversubscribed shares" in mark for mark in trace.provenance.marks)
+    assert trace.launches["batch"].sum() == len(trace.requests)
+    for _, mine in trace.launches.groupby("service", observed=False):  # one instance of each network
+        assert (mine["start_ms"].to_numpy()[1:] >= mine["end_ms"].to_numpy()[:-1]).all()
+
+
+def test_batches_of_all_services_at_once_need_an_oversubscribed_device():
+    with pytest.raises(ValueError, match=r"device = Cpu\(.*must be one with oversubscribe=True for Triton"):
+        lab.run(plan(20, 20), lab.Triton(), Cpu(), 1500, seed=2)

@@ -32,6 +32,9 @@ class Cpu:
     cores : tuple of int, optional
         Logical CPUs to share out; by default all that this process may run on, at the time of
         each call.
+    oversubscribe : bool
+        Let shares held at the same time sum to more than 100, as `policies.Uncontrolled` and `policies.Triton`
+        do: their core sets meet then.
 
     Notes
     -----
@@ -40,6 +43,7 @@ class Cpu:
     """
 
     cores: tuple[int, ...] | None = None
+    oversubscribe: bool = False
 
     name: ClassVar[str] = "cpu"
     mechanism: ClassVar[str] = "core sets"
@@ -49,6 +53,7 @@ class Cpu:
             cores = tuple(count("core", core, least=0) for core in self.cores)
             require(len(cores) > 0 and len(set(cores)) == len(cores), "cores", self.cores, "1 or more different CPU numbers")
             object.__setattr__(self, "cores", tuple(sorted(cores)))
+        require(isinstance(self.oversubscribe, bool), "oversubscribe", self.oversubscribe, "True or False")
 
     def slots(self, root: Path = Path("/")) -> tuple[int, ...]:
         """One logical CPU of each physical core that can be handed out.
@@ -147,7 +152,7 @@ class Cpu:
 
     def leases(self) -> CoreLeases:
         """Who computes on which cores, for one run."""
-        return CoreLeases(self.slots())
+        return CoreLeases(self.slots(), self.oversubscribe)
 
     def describe(self) -> str:
         """Name of the processor and number of cores: ``"AMD EPYC, 2 cores"``."""
@@ -175,4 +180,6 @@ class Cpu:
             found.append(f"oversubscribed: {load:.1f} processes per core (limit {LOAD_LIMIT:g})")
         if steal is not None and steal > STEAL_LIMIT_PCT:
             found.append(f"stolen time: the hypervisor took {steal:.1f} % of busy time (limit {STEAL_LIMIT_PCT:g} %)")
+        if self.oversubscribe:
+            found.append("oversubscribed shares: core sets held at the same time may meet")
         return tuple(found)
