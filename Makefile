@@ -2,10 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
-JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test quick notebooks check-notebooks browser figures profiles bench lint clean
+.PHONY: help demo lab test quick notebooks check-notebooks browser figures profiles bench triton lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,9 +24,8 @@ demo: .venv/.ready ## measure networks on this machine, plan, compare two schedu
 lab: .venv/.ready ## open JupyterLab on the first notebook
 	$(PY) -m jupyterlab notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-# A process for each core; JOBS=0 runs all in one, where a debugger works.
 test: .venv/.ready ## run every test, the notebooks too (ARGS="-k name" selects)
-	$(PY) -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 quick: .venv/.ready ## run the tests that start no process
 	$(PY) -m pytest -m "not slow" $(ARGS)
@@ -41,7 +39,7 @@ check-notebooks: .venv/.ready ## run the notebooks and compare with their saved 
 browser: .venv/.ready ## use every panel in JupyterLab in Chromium; pictures go to build/browser
 	$(PY) -m pytest tests/test_browser.py -rs $(ARGS)
 
-figures: .venv/.ready ## draw the pictures of README.md and of figures/README.md
+figures: .venv/.ready ## draw the pictures of README.md
 	$(PY) -m dstack_lab figures $(ARGS)
 
 profiles: .venv/.ready ## compute the simulated profiles of data/profiles/ anew
@@ -50,6 +48,10 @@ profiles: .venv/.ready ## compute the simulated profiles of data/profiles/ anew
 bench: .venv/.ready ## time the simulator beside the same system in SimPy
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev,bench]"
 	$(PY) benchmarks/engine.py $(ARGS)
+
+triton: .venv/.ready ## race a real Triton server (60 MB to fetch) beside D-STACK on this machine
+	test -d build/triton/pytriton || $(PY) -m pip install --quiet -c constraints.txt --no-deps --target build/triton nvidia-pytriton
+	$(PY) benchmarks/triton.py --server build/triton $(ARGS)
 
 lint: .venv/.ready ## check style, format and types
 	$(PY) -m ruff check .

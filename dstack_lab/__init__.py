@@ -41,7 +41,7 @@ _HOMES = {
     "profiler": ("measure",),
     "runner": ("RunError", "run"),
 }
-_MODULES = ("devices", "exercises", "figures", "gpu_specs", "kernel_model", "kernels", "panels", "policies", "zoo")
+_MODULES = ("devices", "exercises", "figures", "gpu_specs", "kernel_model", "kernels", "panels", "peers", "policies", "zoo")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_HOME, *_MODULES])

@@ -18,10 +18,10 @@ FLOORS: dict[float, str] = {
     -1: "checks digests files progress protocol",
     -0.5: "cells points provenance",
     0: "arrivals profiles traces variability",
-    0.5: "bert brackets monotone operations tables",
-    0.7: "contention fusion",
+    0.5: "bert brackets monotone operations",
+    0.7: "fusion",
     1: "gpu_specs kernels knees services zoo",
-    1.5: "chrome_trace constraints kernel_cost kriging state surface trace_tables",
+    1.5: "chrome_trace constraints contention kernel_cost kriging state surface trace_tables",
     2: "gpu_model kernel_model metrics",
     2.5: "bounds",
     3: "active ledger optimizer policies workloads",
@@ -32,11 +32,11 @@ FLOORS: dict[float, str] = {
     5: "capacity ceilings cluster experiments session validation worker",
     5.5: "ablation",
     6: "profiler runner",
-    6.5: "agenda",
+    6.5: "agenda peers",
     7: "figures",
     8: "exercises panels",
     9: "__init__",
-    9.5: "demo gallery",  # uses the public names, as a reader would
+    9.5: "demo",  # uses the public names, as a reader would
     10: "__main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -146,7 +146,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
-for room in "worker profiler runner devices policies active simulator optimizer metrics agenda".split():
+for room in "worker profiler runner devices policies active simulator optimizer metrics agenda peers".split():
     module = importlib.import_module(f"dstack_lab.{{room}}")
     for inner in pkgutil.iter_modules(getattr(module, "__path__", [])):
         importlib.import_module(f"dstack_lab.{{room}}.{{inner.name}}")

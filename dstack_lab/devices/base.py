@@ -16,10 +16,8 @@ class WorkerError(RuntimeError):
 class WorkerDied(WorkerError):
     """A worker's process is gone.
 
-    Parameters
+    Attributes
     ----------
-    message : str
-        How it ended, and its last words.
     exit_code : int or None
         Exit status; None if a signal ended it.
     signal : int or None
@@ -39,10 +37,8 @@ class WorkerTimeout(WorkerError):
 class WorkerFailed(WorkerError):
     """A worker answered that it could not do it.
 
-    Parameters
+    Attributes
     ----------
-    message : str
-        Its words.
     kind : str
         One of `dstack_lab.protocol.ERRORS`.
     """
