@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
+JOBS ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test quick notebooks check-notebooks browser figures profiles bench triton lint clean
@@ -24,8 +25,9 @@ demo: .venv/.ready ## measure networks on this machine, plan, compare two schedu
 lab: .venv/.ready ## open JupyterLab on the first notebook
 	$(PY) -m jupyterlab notebooks/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
+# A process for each core; JOBS=0 runs all in one, where a debugger works.
 test: .venv/.ready ## run every test, the notebooks too (ARGS="-k name" selects)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
 
 quick: .venv/.ready ## run the tests that start no process
 	$(PY) -m pytest -m "not slow" $(ARGS)
@@ -39,7 +41,7 @@ check-notebooks: .venv/.ready ## run the notebooks and compare with their saved 
 browser: .venv/.ready ## use every panel in JupyterLab in Chromium; pictures go to build/browser
 	$(PY) -m pytest tests/test_browser.py -rs $(ARGS)
 
-figures: .venv/.ready ## draw the pictures of README.md
+figures: .venv/.ready ## draw the pictures of README.md and of figures/README.md
 	$(PY) -m dstack_lab figures $(ARGS)
 
 profiles: .venv/.ready ## compute the simulated profiles of data/profiles/ anew

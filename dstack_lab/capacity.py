@@ -129,6 +129,7 @@ def max_load(
     objective: str = "efficacy",
     variability: Variability | None = None,
     contention: Contention | None = None,
+    told: bool = True,
     admission: str = "own",
     step: float = 0.1,
     high: float = 1.1,
@@ -152,7 +153,7 @@ def max_load(
         Requests of all seeds count together.
     duration_ms : float
         Of each run [ms].
-    objective, variability, contention, admission, shares, folder, jobs, progress
+    objective, variability, contention, told, admission, shares, folder, jobs, progress
         As for `compare`.
     step, high : float
         Loads step, 2 step, ... up to `high` are tried, then halfway between the highest that holds and the next.
@@ -194,7 +195,7 @@ def max_load(
     def counted(load: float, seeds: tuple[int, ...]) -> pd.DataFrame | str:
         """Requests and those in time by seed and service, or why there are none."""
         try:
-            plan = plan_for(scaled(services, load / unit), profile, objective, shares)
+            plan = plan_for(scaled(services, load / unit), profile, objective, shares, contention if told else None)
         except InfeasiblePlan as error:
             return str(error)
         calls = [(plan, policy, admission, duration_ms, seed, variability, contention) for seed in seeds]

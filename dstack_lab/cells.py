@@ -20,6 +20,7 @@ import numpy as np
 from dstack_lab.checks import require
 from dstack_lab.digests import digest, sources
 from dstack_lab.files import whole_file
+from dstack_lab.progress import progress_bar
 
 FORMAT = "dstack_lab cell 1"
 
@@ -64,7 +65,7 @@ def run_cells(
     found = {i: rows for i, path in enumerate(paths) if path is not None and (rows := _load(path)) is not None}
     first = {path: i for i, path in reversed([*enumerate(paths)]) if path is not None}  # equal cells are computed once
     todo = [i for i, path in enumerate(paths) if i not in found and first.get(path, i) == i]  # type: ignore[arg-type]
-    with _bar(progress, len(todo), text) as bar:
+    with progress_bar(progress and bool(todo), len(todo), text, "cell") as bar:
         for i, rows in _computed(work, calls, paths, todo, jobs):
             found[i] = rows
             bar.update(1)
@@ -115,23 +116,3 @@ def _plain(column: str, value: object) -> Any:
         return int(value)
     require(isinstance(value, Real), f"result {column}", value, "a number, a text or None")
     return float(value)  # type: ignore[arg-type]
-
-
-def _bar(show: bool, total: int, text: str) -> Any:
-    """Return a progress bar, or something that takes its calls."""
-    if not show or not total:
-        return _NoBar()
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=text, unit="cell")
-
-
-class _NoBar:
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-    def update(self, amount: int = 1) -> None:
-        """Nothing to show."""

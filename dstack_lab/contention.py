@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dstack_lab.checks import non_negative, require
-from dstack_lab.services import ServiceTable
+from dstack_lab.tables import ServiceTable
 
 SHARINGS = ("turns", "proportional")
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dstack_lab.checks import require
 from dstack_lab.devices import nvml
+from dstack_lab.devices.parameter_map import PARAMETERS_GONE, NotShared, gone, mapped
 from dstack_lab.protocol import Message
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -38,11 +40,14 @@ class CudaOptions:
         Memory format of images and convolutions.
     graphs : bool
         One CUDA graph for each batch; eager otherwise.
+    parameters : str
+        Socket of the process that holds the parameters for all workers of a network; none if empty.
     """
 
     precision: str = "fp16"
     channels_last: bool = True
     graphs: bool = True
+    parameters: str = ""
 
     def __post_init__(self) -> None:
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
@@ -61,7 +66,7 @@ class CudaOptions:
             name = f"DSTACK_LAB_{field.upper()}"
             require(environ.get(name, "1") in ("0", "1"), name, environ.get(name), "0 or 1")
             switches[field] = environ.get(name, "1") == "1"
-        return cls(environ.get("DSTACK_LAB_PRECISION", "fp16"), **switches)
+        return cls(environ.get("DSTACK_LAB_PRECISION", "fp16"), **switches, parameters=environ.get("DSTACK_LAB_PARAMETERS", ""))
 
 
 class CudaBackend:
@@ -80,6 +85,7 @@ class CudaBackend:
         self.slots: dict[int, _Slot] = {}  # prepared, by batch
         self.eager: dict[int, _Slot] = {}  # those of batches that nobody prepared
         self.gpu_ms, self.path = float("nan"), ""
+        self.lifeline: socket.socket | None = None  # to the process that holds the parameters
 
     def load(self) -> Message:
         """Open the GPU, build the network and put it there.
@@ -100,10 +106,8 @@ class CudaBackend:
         self.set_threads(self.options.threads)
         self.place, self.stream = torch.device("cuda", 0), self.torch.cuda.Stream(0)
         self.dtype = getattr(torch, PRECISIONS[self.cuda.precision])
-        network = zoo.load(self.options.model, weights=self.options.weights, device="cpu", seed=self.options.seed)
-        form: dict[str, Any] = {"memory_format": torch.channels_last} if self.cuda.channels_last else {}
-        self.module = network.module.to(device=self.place, dtype=self.dtype, **form)
-        example = network.example(self.options.pool)
+        self.module, make_example, whose = self._network(zoo.load)
+        example = make_example(self.options.pool)
         self.images = [self.cuda.channels_last and tensor.dim() == 4 for tensor in example]
         self.pool = tuple(self._stored(tensor, image) for tensor, image in zip(example, self.images, strict=True))
         self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda.graphs else None
@@ -113,7 +117,26 @@ class CudaBackend:
             "channels_last": self.cuda.channels_last,
             "graphs": self.cuda.graphs,
             "team": [os.getpid()],
+            **whose,
         }
+
+    def _network(self, load: Callable[..., Any]) -> tuple[Any, Callable[[int], Any], Message]:
+        """Return the module on the GPU, what makes inputs, and whose the parameters are: shared, or why not."""
+        options, why = self.options, {}
+        named: dict[str, Any] = {"weights": options.weights, "seed": options.seed}
+        if self.cuda.parameters:
+            network = load(options.model, device="cpu", hollow=True, **named)
+            asked = {"model": options.model, **named, "dtype": PRECISIONS[self.cuda.precision]}
+            try:
+                self.lifeline = mapped(network.module, self.cuda.parameters, asked | {"channels_last": self.cuda.channels_last})
+            except NotShared as error:
+                why = {"why_not_shared": str(error)}
+            else:
+                return network.module, network.example, {"parameters": "shared"}
+        network = load(options.model, device="cpu", **named)
+        form: dict[str, Any] = {"memory_format": self.torch.channels_last} if self.cuda.channels_last else {}
+        module = network.module.to(device=self.place, dtype=self.dtype, **form)
+        return module, network.example, {"parameters": "own", **why}
 
     def set_threads(self, threads: int) -> None:
         """Use this many cores of the host; the GPU's share does not depend on them."""
@@ -137,6 +160,11 @@ class CudaBackend:
         A batch that was not prepared is filled up to the next one that was (`path` is then
         ``"padded"``); larger than all, it runs eagerly. `gpu_ms` is the time on the GPU, from the
         copy of the inputs to that of the answer.
+
+        Raises
+        ------
+        RuntimeError
+            If the parameters are gone with the process that held them: what was computed is not to be trusted.
         """
         torch = self.torch
         with torch.inference_mode(), torch.cuda.stream(self.stream):
@@ -155,6 +183,8 @@ class CudaBackend:
             slot.end.record(self.stream)
             self.stream.synchronize()  # of this stream only
             self.gpu_ms = slot.begin.elapsed_time(slot.end)
+            if self.lifeline is not None and gone(self.lifeline):
+                raise RuntimeError(PARAMETERS_GONE)
             pairs = zip(slot.classes.tolist(), slot.scores.tolist(), strict=True)
             return [[c, s] for c, s in pairs][: len(inputs)]
 

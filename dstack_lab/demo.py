@@ -8,8 +8,9 @@ import pandas as pd
 
 import dstack_lab as lab
 from dstack_lab import figures
+from dstack_lab.checks import positive
 from dstack_lab.devices import Cpu
-from dstack_lab.profiles import DEFAULT_PROFILE
+from dstack_lab.files import require_writable
 
 MODELS = ("squeezenet1_1", "shufflenet_v2_x1_0")
 BATCHES = (1, 2, 4)
@@ -35,7 +36,17 @@ def demo(out: Path, duration_ms: float) -> pd.DataFrame:
     -------
     pandas.DataFrame
         The comparison: one row per policy, measured or simulated, and service.
+
+    Raises
+    ------
+    OSError
+        Before anything is measured, if `out` cannot be written.
+    InfeasiblePlan
+        If this machine keeps none of the SLOs at any of `LOADS`.
     """
+    require_writable(out / "data/runs/cpu.csv")
+    require_writable(out / "figures/demo-knee.png")
+    positive("duration_ms", duration_ms)
     device = Cpu()
     print(f"1/4  Measuring {' and '.join(MODELS)} on {device.describe()}\n")
     profile = lab.measure(list(MODELS), device=device, batches=BATCHES, shares=spaced(device.shares()))
@@ -63,32 +74,14 @@ def demo(out: Path, duration_ms: float) -> pd.DataFrame:
     print(f"\nMeasured p99 latency, D-STACK over temporal sharing: {p99['DStack'] / p99['Temporal']:.2f}")
     print(traces["DStack", "measured"].provenance)
     real_rows = table[table["how"] == "measured"]
-    for path in (
-        figures.static_knee(profile, out / "figures/demo-knee.png"),
-        figures.static_timeline(traces["DStack", "measured"], out / "figures/demo-timeline.png", window_ms=duration_ms / 5),
-        figures.static_comparison(real_rows, out / "figures/demo-comparison.png", traces["DStack", "measured"].provenance),
+    real = traces["DStack", "measured"]
+    for name, figure in (
+        ("knee", figures.knee(profile)),
+        ("timeline", figures.timeline(real, window_ms=duration_ms / 5)),
+        ("comparison", figures.comparison(real_rows, real.provenance)),
     ):
-        print(f"saved {path}")
+        print(f"saved {figures.save(figure, out / f'figures/demo-{name}.png')}")
     return table
-
-
-def readme_figures(out: Path) -> list[Path]:
-    """Draw the pictures of the README from the default profile; deterministic."""
-    profile = lab.load_profile(DEFAULT_PROFILE)
-    trace = lab.simulate(golden_plan(profile), lab.DStack(), 10_000, seed=1)
-    return [
-        figures.static_timeline(trace, out / "timeline-readme.png", window_ms=200),
-        figures.static_knee(profile, out / "knee-readme.png", models=["resnet50", "vgg19", "mobilenet_v2"]),
-    ]
-
-
-def golden_plan(profile: lab.Profile) -> lab.Plan:
-    """Plan of the golden path: ResNet-50 and VGG-19 on one GPU."""
-    services = [
-        lab.Service("resnet50", slo_ms=50, arrivals=lab.Poisson(rate_rps=400)),
-        lab.Service("vgg19", slo_ms=100, arrivals=lab.Poisson(rate_rps=120)),
-    ]
-    return lab.optimize(services, profile)
 
 
 def spaced(shares: tuple[float, ...]) -> tuple[float, ...]:

@@ -43,6 +43,7 @@ def compare(
     variability: Variability | None = None,
     *,
     contention: Contention | None = None,
+    told: bool = True,
     admission: str = "own",
     baseline: str = "Temporal",
     shares: Iterable[float] | None = None,
@@ -72,6 +73,8 @@ def compare(
         How service times scatter; see `simulate`.
     contention : Contention, optional
         What launches cost each other; see `simulate`.
+    told : bool
+        Whether the plans know of `contention`; see `optimize`.
     admission : {"own", "one rule"}
         Whether each policy turns requests away as its system does, or all drop late ones; see
         `admission.admitted`.
@@ -100,7 +103,7 @@ def compare(
         interval of the mean (Student's t; NaN with one seed). Against the baseline, seed by seed, with
         intervals likewise: ``goodput_rps_gain`` and ``slo_attainment_gain`` (difference),
         ``goodput_rps_ratio``, ``utilization_ratio`` and ``p99_ms_ratio``. ``admission``; ``note``: why a policy
-        cannot schedule that load, its numbers are NaN then; ``provenance``, also in ``attrs``.
+        cannot schedule that load, its numbers are NaN then; ``provenance``, also in ``attrs``, which name the ``baseline`` too.
 
     Raises
     ------
@@ -121,7 +124,7 @@ def compare(
     plans, notes = {}, {}
     for factor in factors:
         try:
-            plans[factor] = plan_for(scaled(services, factor), profile, objective, shares)
+            plans[factor] = plan_for(scaled(services, factor), profile, objective, shares, contention if told else None)
         except InfeasiblePlan as error:
             notes[factor] = str(error)
     racing = named if baseline in named else {**named, baseline: Temporal()}
@@ -137,7 +140,7 @@ def compare(
             head = {"policy": name, "load": load, "service": service, "bound_load": load * asked, "admission": admission}
             rows.append({**head, **_row(_of(service, mine), _of(service, base)), "provenance": str(origin)})
     table = pd.DataFrame(rows)
-    table.attrs["provenance"] = origin
+    table.attrs.update(provenance=origin, baseline=baseline)
     return table
 
 

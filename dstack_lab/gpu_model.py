@@ -17,7 +17,7 @@ from dstack_lab.brackets import bracket
 from dstack_lab.checks import require
 from dstack_lab.knees import Knee
 from dstack_lab.kriging import Correction, correct
-from dstack_lab.monotone import MonotoneTable, straighten
+from dstack_lab.monotone import MonotoneTable, straighten, tightened
 from dstack_lab.profiles import Profile
 from dstack_lab.surface import Floats, Mixture, Prior, fit_mixture, judge_mixture
 
@@ -213,7 +213,8 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     Parameters
     ----------
     profile : Profile
-        At least 2 points of `model` (1 with a prior); they may be few, scattered and noisy.
+        At least 2 points of `model` (1 with a prior); they may be few, scattered and noisy. One marked ``starved`` took
+        at most its time: it is lowered to what the others allow (see `monotone.tightened`).
     model : str
         Network in the profile.
     prior : callable, optional
@@ -238,6 +239,8 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     b, g, ms = (rows[c].to_numpy(dtype=np.float64) for c in ("batch", "gpu_pct", "service_ms"))
     sane = (ms >= 1e-9) & (ms <= 1e12)
     require(bool(sane.all()), "service_ms", None if sane.all() else float(ms[~sane][0]), "from 1e-9 to 1e12 ms")
+    starved = rows["mark"].astype(str).str.contains("starved").to_numpy() if "mark" in rows else np.zeros(len(ms), dtype=bool)
+    ms = tightened(b, g, ms, starved)
     believed = None if prior is None else _guarded(prior)
     shrink, judged = judge_mixture(b, g, ms, believed)
     backbone = fit_mixture(b, g, ms, shrink, believed)

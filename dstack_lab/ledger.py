@@ -28,7 +28,15 @@ BLOCK = 1024
 
 
 class PolicyError(RuntimeError):
-    """A policy broke a rule; `trace` holds the run up to that decision."""
+    """A policy broke a rule.
+
+    Parameters
+    ----------
+    message : str
+        Names the policy, the time, the decision and the rule.
+    trace : Trace, optional
+        The run up to that decision.
+    """
 
     def __init__(self, message: str, trace: Trace | None = None) -> None:
         super().__init__(message)

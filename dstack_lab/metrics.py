@@ -101,6 +101,11 @@ def gpu_time(trace: Trace) -> pd.Series:
 def jain(shares: ArrayLike) -> float:
     """Jain's fairness index of what each service received: 1 is equal, 1/n is all to one (Jain, Chiu, Hawe 1984).
 
+    Parameters
+    ----------
+    shares : array_like, shape (n,)
+        What each of n services received, in any one unit; 0 or more.
+
     Raises
     ------
     ValueError

@@ -50,3 +50,23 @@ def straighten(log_ms: Floats) -> Floats:
     above = np.maximum.accumulate(np.maximum.accumulate(log_ms[:, ::-1], axis=1)[:, ::-1], axis=0)
     below = np.minimum.accumulate(np.minimum.accumulate(log_ms, axis=1)[::-1], axis=0)[::-1]
     return np.asarray((above + below) / 2)
+
+
+def tightened(batch: Floats, gpu_pct: Floats, ms: Floats, loose: NDArray[np.bool_]) -> Floats:
+    """Lower times that are upper bounds only to what monotony allows beside those that are not.
+
+    Parameters
+    ----------
+    batch, gpu_pct, ms : arrays of shape (n,)
+        Points and their times [ms].
+    loose : array of bool of shape (n,)
+        Points that took at most so long: others used their worker's cores too.
+
+    Returns
+    -------
+    array of shape (n,)
+        Of a loose point the least of its time and those of the others with no smaller batch and no larger share.
+    """
+    covers = (batch[None, :] >= batch[:, None]) & (gpu_pct[None, :] <= gpu_pct[:, None]) & ~loose[None, :]
+    least = np.where(covers, ms[None, :], np.inf).min(axis=1, initial=np.inf)
+    return np.where(loose, np.minimum(ms, least), ms)

@@ -16,6 +16,7 @@ import pandas as pd
 from dstack_lab.bounds import Grants, bound_of, checked_services, granted_shares, service_tables, too_slow
 from dstack_lab.checks import require
 from dstack_lab.constraints import EQUAL, OBJECTIVES, binding, broken_most, feasible, points, score_of, scores
+from dstack_lab.contention import Contention
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
 
@@ -28,6 +29,7 @@ def optimize(
     overload: str = "raise",
     *,
     device: Grants | None = None,
+    contention: Contention | None = None,
 ) -> Plan:
     """Choose the share and batch of each service, exactly, over all batches and grantable shares.
 
@@ -49,6 +51,9 @@ def optimize(
         would serve more requests in all by starving the expensive services.
     device : Device, optional
         Where the plan is to run: its ``shares()`` are what can be granted.
+    contention : Contention, optional
+        What launches cost each other there. The operating points are those of networks alone; a policy that
+        chooses who runs beside whom (`DStack`) reckons with it.
 
     Returns
     -------
@@ -90,7 +95,7 @@ def optimize(
         ms = table.at(pick.batch, share)
         held = binding(table, granted, service.slo_ms, rate, pick.batch, share, objective)
         allocations.append(Allocation(service.name, share, pick.batch, ms, rate, held))
-    return Plan(services, tuple(allocations), tables, granted, objective, profile.provenance)
+    return Plan(services, tuple(allocations), tables, granted, objective, profile.provenance, contention)
 
 
 def sensitivity(plan: Plan) -> pd.DataFrame:
@@ -169,7 +174,15 @@ def _ranked(service: Service, table: ServiceTable, shares: Sequence[float], rate
     ms, batch, share = points(table, shares)
     good = np.flatnonzero(feasible(table, shares, service.slo_ms, rate))
     if not len(good):
-        raise InfeasiblePlan(too_slow(service, rate, float(ms[0, -1]), shares[-1], 2))
+        within = 2 * ms <= service.slo_ms
+        if not within.any():
+            raise InfeasiblePlan(too_slow(service, rate, float(ms[0, -1]), shares[-1], 2))
+        # at the rate that a point just keeps up with, its batch fills while the one before runs
+        most = float((1000 * batch / ms)[within].max())
+        raise InfeasiblePlan(
+            f"{service.name} asks for {rate:g}/s within slo_ms = {service.slo_ms:g}, but one launch after another answers "
+            f"{most:.1f}/s within it at most; lower the rate or relax the SLO"
+        )
     value, load = (x.ravel()[good] for x in (scores(table, shares, objective), rate * share * ms / batch / 1000))
     order = np.lexsort((load, -value))
     value, load, at = value[order], load[order], good[order]

@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dstack_lab import zoo
 from dstack_lab.checks import count, positive, require
 from dstack_lab.devices.base import Device, Worker, WorkerDied, WorkerFailed, WorkerTimeout
 from dstack_lab.devices.cpu import Cpu
-from dstack_lab.points import FEW, Point, append_point, digest, key_of, load_points
+from dstack_lab.points import FEW, Point, append_point, digest, fed, key_of, load_points, settled, starved, width
 from dstack_lab.profiles import Profile
+from dstack_lab.progress import progress_bar
 from dstack_lab.provenance import Provenance, today, versions_here
 
-#: Two consecutive windows whose medians differ by less are the same number.
-STABLE = 0.02
 NO_MEMORY = "out of memory"
 #: Windows that fit into `seconds_per_point`.
 WINDOWS = 6
+#: So much longer a point may take if its worker has not had its cores by then.
+PATIENCE = 2
 
 
 def measure(
@@ -46,12 +46,14 @@ def measure(
     slo_ms: float | None = None,
     timeout_s: float = 300.0,
     budget_s: float | None = None,
+    interval: float | None = None,
 ) -> Profile:
     """Measure the service time of one batch, by network, batch and GPU%.
 
     Each network at each share gets a fresh worker process, one at a time. A point is warmed up,
     then timed in windows until the medians of two in a row agree within 2 %, or until
-    `seconds_per_point` are over.
+    `seconds_per_point` are over. Windows in which others used the worker's cores are left out if there
+    are better ones; to find some, a point may take twice as long.
 
     Parameters
     ----------
@@ -85,13 +87,17 @@ def measure(
     budget_s : float, optional
         No point is begun later than this after the call [s]. A mark ``time budget`` then says how many
         points are left; with `folder`, the same call again goes on there.
+    interval : float, optional
+        Goes on until the 95 % confidence interval of the median is narrower than this part of the median too, such as
+        0.01, or until `seconds_per_point` are over.
 
     Returns
     -------
     Profile
-        Not strict. Columns: model, batch, gpu_pct; service_ms (median) and p99_ms of one batch;
-        spread (interquartile range / median); repeats; effective_cores (processor time / time);
-        mark (``""``, or of ``unstable``, ``starved``, ``few repeats``, ``throttled``). On a GPU also
+        Not strict. Columns: model, batch, gpu_pct; service_ms (median) of one batch; low_ms and high_ms (95 % confidence
+        interval of the median, see `points.median_interval`; NaN if repeats are too few); p99_ms; spread
+        (interquartile range / median); repeats; effective_cores (processor time / time); mark (``""``, or of
+        ``unstable``, ``wide interval``, ``starved``, ``few repeats``, ``throttled``). On a GPU also
         effective_sms (granted), gpu_ms (median by the GPU's clock), clock_mhz (SMs), power_w. A batch
         that does not fit into memory has no row; the provenance names it.
 
@@ -112,6 +118,7 @@ def measure(
     require(len(batches) > 0, "batches", batches, "1 or more")
     shares = _grantable(device, shares)
     limit_ms = 1e3 * positive("seconds_per_point", seconds_per_point)
+    interval = None if interval is None else positive("interval", interval)
     start = {"weights": weights, "seed": count("seed", seed, least=0), "memory_mib": memory_mib}
     positive("timeout_s", timeout_s)
     end = math.inf if budget_s is None else time.monotonic() + positive("budget_s", budget_s)
@@ -122,8 +129,8 @@ def measure(
     rows: list[Point] = []
     done = 0
     with (
-        _bar(progress, total * len(names)) as bar,
-        contextlib.closing(_Bench(device, start, limit_ms, timeout_s, path, bar)) as bench,
+        progress_bar(progress, total * len(names), "Measuring", "point") as bar,
+        contextlib.closing(_Bench(device, start, limit_ms, interval, timeout_s, path, bar)) as bench,
     ):
         for name in names:
             if budget is None:
@@ -148,8 +155,17 @@ def measure(
 class _Bench:
     """One worker at a time, kept while the same network is measured at the same share."""
 
-    def __init__(self, device: Device, start: Point, limit_ms: float, timeout_s: float, path: Path | None, bar: Any) -> None:
-        self.device, self.start, self.limit_ms, self.timeout_s = device, start, limit_ms, timeout_s
+    def __init__(
+        self,
+        device: Device,
+        start: Point,
+        limit_ms: float,
+        interval: float | None,
+        timeout_s: float,
+        path: Path | None,
+        bar: Any,
+    ) -> None:
+        self.device, self.start, self.limit_ms, self.interval, self.timeout_s = device, start, limit_ms, interval, timeout_s
         self.path, self.bar = path, bar
         self.worker: Worker | None = None
         self.common = {"device": device.describe(), "mechanism": device.mechanism}
@@ -159,15 +175,13 @@ class _Bench:
     def point(self, model: str, batch: int, share: float) -> Point:
         """Measure one point, on a second worker if the first fails; or return it if it was measured before."""
         point = {**self.common, "model": model, "batch": batch, "gpu_pct": share}
-        if self.bar is not None:
-            self.bar.set_description(f"{model} at {share:g} %, batch {batch}")
+        self.bar.set_description_str(f"{model} at {share:g} %, batch {batch}")
         if key_of(point) not in self.known:
             point |= self._twice(model, batch, share)
             self.known[key_of(point)] = point
             if self.path is not None and point["mark"] != NO_MEMORY:  # more memory may help next time
                 append_point(self.path, point)
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         return self.known[key_of(point)]
 
     def knows(self, model: str, batch: int, share: float) -> bool:
@@ -196,18 +210,23 @@ class _Bench:
         worker.ask({"op": "warm", "batches": [batch], "repeats": 2}, self.timeout_s)
         window_ms = self.limit_ms / WINDOWS
         ask = {"op": "time", "batch": batch, "repeats": FEW // 2, "min_ms": window_ms, "max_ms": 2 * window_ms}
-        windows: list[Point] = []
-        stable, spent_ms = False, 0.0
-        while len(windows) < 2 or not (stable or spent_ms >= self.limit_ms):
-            windows.append(self._window(worker, ask))
-            spent_ms += windows[-1]["wall_ms"]
-            last = [float(np.median(w["samples_ms"])) for w in windows[-2:]]
-            stable = len(last) == 2 and abs(last[1] - last[0]) <= STABLE * last[1]
-        used = windows[-2:] if stable else windows  # what came before was still settling
         cores_for = getattr(self.device, "cores_for", None)
         cores = None if cores_for is None else cores_for(share)
+        windows: list[Point] = []
+        spent_ms = 0.0
+        while True:
+            windows.append(self._window(worker, ask))
+            spent_ms += windows[-1]["wall_ms"]
+            good = fed(windows, cores)
+            used = settled(good)
+            stable = len(used) > 1
+            if stable and not starved(used, cores) and (self.interval is None or width(used) <= self.interval):
+                break
+            if len(windows) > 1 and spent_ms >= self.limit_ms * (PATIENCE if starved(good, cores) else 1):
+                break
+        used = used if stable else good  # what came before was still settling
         granted = getattr(worker, "granted_sms", None)
-        return digest(used, stable, cores) | ({} if granted is None else {"effective_sms": granted})
+        return digest(used, stable, cores, self.interval) | ({} if granted is None else {"effective_sms": granted})
 
     def _window(self, worker: Worker, ask: Point) -> Point:
         """Time one window; on a GPU say at what clock and power, read in its middle: an idle GPU's say nothing."""
@@ -250,7 +269,7 @@ def _chosen(
 def _profile(rows: list[Point], device: Device, marks: tuple[str, ...]) -> Profile:
     """Make the table, and say in the provenance what is wrong with it."""
     table = pd.DataFrame(rows).drop(columns=["device", "mechanism", "versions"])
-    for name in ("unstable", "starved", "few repeats", "throttled"):
+    for name in ("unstable", "wide interval", "starved", "few repeats", "throttled"):
         hit = int(table["mark"].str.contains(name).sum())
         marks += (f"{name}: {hit} of {len(table)} points",) if hit else ()
     missing = table[table["mark"] == NO_MEMORY]
@@ -274,12 +293,3 @@ def _grantable(device: Device, shares: Sequence[float] | None) -> tuple[float, .
         allowed = f"one that {device.describe()} can grant: {', '.join(f'{g:g}' for g in grid)}"
         require(abs(granted - share) <= 0.05, "share", share, allowed)
     return tuple(dict.fromkeys(near.values()))
-
-
-def _bar(progress: bool, total: int) -> Any:
-    """Return a progress bar, or None: a bare GPU server may lack tqdm."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return contextlib.nullcontext()
-    return tqdm(total=total, unit="point", disable=not progress)

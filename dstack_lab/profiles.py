@@ -84,7 +84,12 @@ class Profile:
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
-    """Load a recorded profile by name (``"v100-simulated"``) or by path.
+    """Load a recorded profile.
+
+    Parameters
+    ----------
+    name_or_path : str or path
+        A name under ``data/profiles``, such as ``"v100-simulated"``, or the path of a CSV file that `Profile.save` wrote.
 
     Raises
     ------

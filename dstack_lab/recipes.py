@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dstack_lab import policies
+from dstack_lab.contention import Contention
 from dstack_lab.policies.base import Policy
 from dstack_lab.provenance import Provenance
 from dstack_lab.services import Allocation, Plan, Service, ServiceTable
@@ -28,12 +29,14 @@ def recipe_of(plan: Plan, policy: Policy) -> Recipe:
         "shares": list(plan.shares),
         "objective": plan.objective,
         "provenance": plan.provenance.to_dict(),
+        "contention": None if plan.contention is None else asdict(plan.contention),
         "tables": [table.ms for table in plan.tables],
     }
 
 
 def plan_of(recipe: Recipe, services: Iterable[Service]) -> Plan:
     """Return the plan of a recipe for the same services, in their order."""
+    told = recipe.get("contention")
     return Plan(
         tuple(services),
         tuple(Allocation(**a) for a in recipe["allocations"]),
@@ -41,6 +44,7 @@ def plan_of(recipe: Recipe, services: Iterable[Service]) -> Plan:
         tuple(recipe["shares"]),
         recipe["objective"],
         Provenance.from_dict(recipe["provenance"]),
+        None if told is None else Contention(**told),
     )
 
 

@@ -30,7 +30,15 @@ from dstack_lab.turns import RuleBroken
 
 
 class RunError(RuntimeError):
-    """The device failed for good in the middle of a run; `trace` holds the run so far."""
+    """The device failed for good in the middle of a run.
+
+    Parameters
+    ----------
+    message : str
+        What failed, and the cure.
+    trace : Trace
+        The run so far.
+    """
 
     def __init__(self, message: str, trace: Trace) -> None:
         super().__init__(message)
@@ -65,7 +73,7 @@ def run(
     Parameters
     ----------
     plan : Plan
-        Made from a profile of this device.
+        Made from a profile of this device; another's leaves a mark on the trace.
     policy : Policy
     device : Device, optional
         `Cpu()` by default.
@@ -118,7 +126,7 @@ def run(
     with Fleet(device, plan, policy.shares(plan), seed, options, first) as fleet:
         with progress_bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
             fleet.wait_ready(start_timeout_s, bar.update)
-        marks = device.marks()
+        marks = (*device.marks(), *_planned_elsewhere(plan, device))
         session = Session(ledger, policy, fleet, device, hung_ms)
         session.watch = watch
         error: RuleBroken | FleetLost | None = None
@@ -148,6 +156,14 @@ def run(
     if error is not None:
         raise PolicyError(str(error), trace) from error.__cause__
     return trace
+
+
+def _planned_elsewhere(plan: Plan, device: Device) -> tuple[str, ...]:
+    """Mark a run whose plan is not of this device: it may be tried, and a reader must see it."""
+    source = plan.provenance
+    if source.kind == "measured" and source.device == device.describe():
+        return ()
+    return (f"planned elsewhere: with service times {source.kind} of {source.device}",)
 
 
 def _annotate(trace: Trace, told: dict[int, Message]) -> None:

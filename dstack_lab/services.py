@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from dstack_lab.arrivals import Arrivals
 from dstack_lab.checks import count, non_negative, percent, positive, require
+from dstack_lab.contention import Contention
 from dstack_lab.provenance import Provenance
+from dstack_lab.tables import ServiceTable as ServiceTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,54 +47,6 @@ class Service:
     def rate_rps(self) -> float:
         """Rate a plan is made for [requests/s]."""
         return self.arrivals.rate_rps
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ServiceTable:
-    """Service time of one network on a dense grid, for policies and engines that ask often.
-
-    Parameters
-    ----------
-    ms : numpy.ndarray, shape (batch_max, 100)
-        ``ms[b - 1, g - 1]`` is the service time [ms] of a batch of b at g GPU%.
-    """
-
-    ms: NDArray[np.float64]
-    _rows: list[list[float]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        ms = np.ascontiguousarray(self.ms, dtype=float)
-        require(ms.ndim == 2 and ms.shape[0] >= 1 and ms.shape[1] == 100, "ms shape", ms.shape, "(batch_max, 100)")
-        require(bool(np.isfinite(ms).all() and (ms > 0).all()), "ms", float(ms.min()), "finite and above 0")
-        ms.setflags(write=False)
-        object.__setattr__(self, "ms", ms)
-        object.__setattr__(self, "_rows", ms.tolist())  # plain lists: ten times faster to index than an array
-
-    @property
-    def batch_max(self) -> int:
-        """Largest batch that was profiled."""
-        return int(self.ms.shape[0])
-
-    def at(self, batch: int, gpu_pct: float) -> float:
-        """Service time [ms] of one batch; between whole GPU% it is interpolated.
-
-        Raises
-        ------
-        ValueError
-            If `batch` is not in 1 to `batch_max`, or `gpu_pct` not in 1 to 100.
-        """
-        low = int(gpu_pct)
-        if not (1 <= batch <= len(self._rows) and 1 <= gpu_pct <= 100):
-            require(False, "(batch, gpu_pct)", (batch, gpu_pct), f"a batch of 1 to {self.batch_max} at 1 to 100 GPU%")
-        row = self._rows[batch - 1]
-        if low == gpu_pct:
-            return row[low - 1]
-        return row[low - 1] + (gpu_pct - low) * (row[low] - row[low - 1])
-
-    def knee_pct(self, batch: int, tolerance: float = 0.05) -> float:
-        """Smallest whole GPU% whose service time is within `tolerance` of the best."""
-        row = self.ms[count("batch", batch) - 1]
-        return float(np.argmax(row <= (1 + tolerance) * row.min()) + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +109,9 @@ class Plan:
         What the operating points were chosen for.
     provenance : Provenance
         Of the profile behind the tables.
+    contention : Contention, optional
+        What launches are expected to cost each other, for policies that choose who runs beside whom (`DStack`). The
+        tables are of networks alone, so that whoever runs the plan can apply what is true there, once.
     """
 
     services: tuple[Service, ...]
@@ -164,6 +120,7 @@ class Plan:
     shares: tuple[float, ...]
     objective: str
     provenance: Provenance
+    contention: Contention | None = None
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.services]
@@ -172,6 +129,8 @@ class Plan:
         same = names == [a.service for a in self.allocations] and len(self.tables) == len(names)
         require(same, "allocations", [a.service for a in self.allocations], f"one for each of {names}, in this order")
         require(len(self.shares) > 0 and list(self.shares) == sorted(self.shares), "shares", self.shares, "ascending GPU%")
+        told = self.contention
+        require(told is None or isinstance(told, Contention), "contention", told, "None or Contention()")
 
     def __getitem__(self, service: str) -> Allocation:
         """Return the allocation of the service of that name."""

@@ -46,8 +46,7 @@ class Session:
         self.seen: set[tuple[object, ...]] = set()  # what was news once
         self.doubted: dict[str, int] = {}  # service -> end of the range of requests whose batch failed once
         self.parked: list[tuple[int, Launch]] = []  # booked, but every worker that fits is busy
-        self.restarts, self.looked_ns = 0, 0
-        self.state = ledger.state
+        self.restarts, self.looked_ns, self.state = 0, 0, ledger.state
 
     def loop(self, duration_ns: int, drain_ns: int, bar: Any) -> None:
         """Serve until every request is served or dropped, or the drain time is over.
@@ -162,7 +161,8 @@ class Session:
             elif reply == "ready":
                 member.ready, member.starts, member.used_ns = True, 0, self.state.now_ns
                 kind = "standby ready" if member.order.standby else "worker ready"
-                self._event(kind, member.service, f"pid {member.worker.pid}, {member.gpu_pct:g} %")
+                note = f"pid {member.worker.pid}, {member.gpu_pct:g} %" + getattr(member.worker, "note", "")
+                self._event(kind, member.service, note)
                 ask = self._show(member.service) or ask
             else:  # error or failed
                 self._fail(member, str(message.get("error", reply)).replace("_", " "), str(message.get("message", "")))

@@ -93,8 +93,8 @@ def simulate(
         How service times scatter around their prediction, such as ``Lognormal(cv=0.1)``; by default
         they are as predicted.
     contention : Contention, optional
-        What launches cost each other. By default nothing on shares that fit side by side, and
-        ``Contention()`` for a policy that oversubscribes the GPU.
+        What launches cost each other. By default what the plan knows of; if that is nothing, nothing on shares
+        that fit side by side, and ``Contention()`` for a policy that oversubscribes the GPU.
     engine : {"auto", "python", "compiled"}
         "compiled" gives the same trace, an order of magnitude sooner, for `DStack` and `Temporal` where
         numba is installed, without `variability` and `contention`. "auto" compiles runs of more than a
@@ -119,6 +119,7 @@ def simulate(
     require(variability is None or isinstance(variability, Variability), "variability", variability, "None or Lognormal(cv=0.1)")
     require(contention is None or isinstance(contention, Contention), "contention", contention, "None or Contention()")
     _check(plan, policy, duration_ms, seed)
+    contention = plan.contention if contention is None else contention
     as_predicted = variability is None and contention is None and not policy.oversubscribes
     compiled, marks = choose(engine, plan, policy, duration_ms, as_predicted)
     made = plan.provenance

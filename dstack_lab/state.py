@@ -19,7 +19,19 @@ INFINITE = float("inf")
 
 
 class Launch(NamedTuple):
-    """Start one batch: the `batch` oldest requests of `service`, at `gpu_pct`."""
+    """Start one batch: the oldest requests of a service.
+
+    Parameters
+    ----------
+    service : str
+        Name of the service.
+    gpu_pct : float
+        Share it holds until it ends, 1 to what is free.
+    batch : int
+        Requests, 1 to those that wait, at most the largest profiled batch.
+    note : str
+        The policy's word for it, kept in the trace.
+    """
 
     service: str
     gpu_pct: float
@@ -28,20 +40,46 @@ class Launch(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Give up the `requests` oldest requests of `service`."""
+    """Give up the oldest requests of a service.
+
+    Parameters
+    ----------
+    service : str
+        Name of the service.
+    requests : int
+        How many, 1 to those that wait.
+    """
 
     service: str
     requests: int
 
 
 class Wake(NamedTuple):
-    """Call `decide` again at `at_ms`, whatever happens before."""
+    """Call `decide` again, whatever happens before.
+
+    Parameters
+    ----------
+    at_ms : float
+        When, on the clock of the run [ms]; later than now.
+    """
 
     at_ms: float
 
 
 class Running(NamedTuple):
-    """A launch that has not ended; `until_ms` is when it is predicted to."""
+    """A launch that has not ended.
+
+    Parameters
+    ----------
+    service : str
+        Name of the service.
+    gpu_pct : float
+        Share that it holds.
+    batch : int
+        Requests.
+    since_ms, until_ms : float
+        When it began, and when it is predicted to end [ms].
+    """
 
     service: str
     gpu_pct: float

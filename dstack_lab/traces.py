@@ -120,7 +120,12 @@ class Trace:
 
 
 def load_trace(path: str | os.PathLike[str]) -> Trace:
-    """Load a trace that `Trace.save` wrote.
+    """Load a trace.
+
+    Parameters
+    ----------
+    path : str or path
+        An ``.npz`` file that `Trace.save` wrote.
 
     Raises
     ------

@@ -24,12 +24,19 @@ from dstack_lab.variability import Variability
 METRICS = ("throughput_rps", "goodput_rps", "slo_attainment", "p50_ms", "p99_ms", "utilization", "jain", "bound_ratio")
 
 
-def plan_for(services: Sequence[Service], profile: Profile, objective: str, shares: Iterable[float] | None = None) -> Plan:
+def plan_for(
+    services: Sequence[Service],
+    profile: Profile,
+    objective: str,
+    shares: Iterable[float] | None = None,
+    contention: Contention | None = None,
+) -> Plan:
     """Plan `services` at any load, so that every policy can be asked to serve it.
 
     Beyond the bound the plan is sized for the part that the bound admits, as ``overload="reject"`` says.
     Close below it a service may have no operating point at which one launch at a time keeps up: then
     the plan is sized for the largest twentieth of all rates that has one. The requests are not reduced.
+    `contention` is what the plan is told of it.
 
     Raises
     ------
@@ -40,7 +47,7 @@ def plan_for(services: Sequence[Service], profile: Profile, objective: str, shar
     for twentieths in range(20, 0, -1):
         asked = [replace(s, arrivals=Deterministic(s.rate_rps * twentieths / 20)) for s in services]
         try:
-            plan = optimize(asked, profile, objective, shares, overload="reject")
+            plan = optimize(asked, profile, objective, shares, overload="reject", contention=contention)
         except InfeasiblePlan:
             if twentieths == 1:
                 raise

@@ -121,6 +121,12 @@ def scaled(services: Iterable[Service], factor: float) -> tuple[Service, ...]:
     arrivals, and processes of your own, run faster: a recording of 60 s at factor 2 lasts 30 s. The same
     seed draws the same unit-rate stream at every factor.
 
+    Parameters
+    ----------
+    services : iterable of Service
+    factor : float
+        Above 0.
+
     Raises
     ------
     ValueError

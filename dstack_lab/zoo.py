@@ -72,7 +72,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted((*IMAGE_SIDE, "bert_base")))
 
 
-def load(name: str, weights: str | None = None, device: str | torch.device = "cpu", seed: int = 0) -> Network:
+def load(
+    name: str, weights: str | None = None, device: str | torch.device = "cpu", seed: int = 0, hollow: bool = False
+) -> Network:
     """Build a network by name.
 
     Parameters
@@ -89,6 +91,9 @@ def load(name: str, weights: str | None = None, device: str | torch.device = "cp
     seed : int
         Of the random weights and of the example inputs, 0 or more. Same seed, same numbers on
         every device.
+    hollow : bool
+        Leave the module's parameters on ``"meta"``, for whoever has them already; the examples are as ever. Trained
+        networks and those of one's own are built whole all the same: what they do may depend on their numbers.
 
     Returns
     -------
@@ -115,20 +120,22 @@ def load(name: str, weights: str | None = None, device: str | torch.device = "cp
         require(weights is None, "weights", weights, "None: no trained weights are published with torchvision for bert_base")
         from dstack_lab.bert import Bert
 
-        return Network(name, _place(_seeded(Bert, device, seed), device), _sentences(Bert.VOCABULARY, device, seed))
+        home = "meta" if hollow else device
+        return Network(name, _place(_seeded(Bert, home, seed), home), _sentences(Bert.VOCABULARY, device, seed))
     models = torchvision_models()
+    home = "meta" if hollow and weights is None else device
     # Inception's auxiliary classifier stays in: its parameters are published with it, and in
     # evaluation mode it is never run. Its own initialisation is slow and warns; the layers' serves.
     extra: dict[str, Any] = {"init_weights": False} if name == "inception_v3" and weights is None else {}
     try:
-        module = _seeded(lambda: models.get_model(name, weights=weights, **extra), device, seed, trained=weights is not None)
+        module = _seeded(lambda: models.get_model(name, weights=weights, **extra), home, seed, trained=weights is not None)
     except OSError as error:  # URLError is one
         raise ValueError(
             f"weights = {weights!r}: must be reachable or already in torch's cache ({error}); "
             "run once with a network, copy ~/.cache/torch/hub/checkpoints, or pass weights=None for random ones"
         ) from error
     side = IMAGE_SIDE[name]
-    return Network(name, _place(module, device), _images(side, device, seed))
+    return Network(name, _place(module, home), _images(side, device, seed))
 
 
 def from_module(

@@ -22,6 +22,40 @@ def pytest_configure(config: pytest.Config) -> None:
         nbval.kernel.pformat = lambda *args, **kwargs: ""
 
 
+#: Files that take longest: where several processes share the tests, these begin first.
+LONGEST = (
+    "browser",
+    "notebooks",
+    "exercises",
+    "agenda",
+    "compiled",
+    "exercises_policies",
+    "runner",
+    "mps",
+    "experiments",
+    "live_run",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, begin with what takes longest."""
+    if hasattr(config, "workerinput"):
+        rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep a file in one process, with its fixtures; notebooks may part."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "::test_notebook_gives_what_is_saved[" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of published measurements to compare with; it is not part of the repository."""

@@ -33,6 +33,9 @@ WAIT_MS = 60_000  #: a busy machine is slow without being wrong
 
 #: What the marks of a panel's figure look like: lines, bars and pictures, without the frame.
 DRAWN = "plot => [...plot.querySelectorAll('.cartesianlayer, .gtitle')].map(part => part.innerHTML).join()"
+#: A notebook that cannot show widgets, as where JupyterLab lacks the extension for them.
+FORGET = """() => window.jupyterapp.shell.currentWidget.content.rendermime.removeMimeType(
+  'application/vnd.jupyter.widget-view+json')"""
 CONTROLS = "input, select, .noUi-handle, .jupyter-button"
 
 
@@ -168,6 +171,18 @@ def test_live_run_starts_and_stops(lab, folder):
         pictured(lab, panel, "LiveRun")
         panel.get_by_role("button", name="Stop").press("Enter")
         playwright.expect(panel.locator(".gtitle")).to_contain_text("stopped before it began")
+
+
+def test_a_browser_without_the_widget_shows_picture(lab, folder):
+    cells = ["import dstack_lab as lab", "panel = lab.panels.KneeExplorer()\npanel"]
+    with lab.notebook(written(folder, "plain.ipynb", *cells), run=False) as book:
+        lab.page.evaluate(FORGET)
+        lab.run()
+        picture = book.locator(".jp-OutputArea img")
+        picture.wait_for()
+        assert picture.evaluate("image => image.complete && image.naturalWidth") >= 600
+        assert book.locator(".js-plotly-plot, .widget-vbox").count() == 0
+        assert book.get_by_text("rror displaying widget").count() == 0
 
 
 def test_two_panels_and_a_new_kernel(lab, folder):

@@ -131,7 +131,14 @@ def test_counts_by_name_or_in_order():
 
 
 def test_names_from_text_or_list():
-    assert as_names("B, C") == as_names(["C", "B"]) == as_names({"B", "C"}) == as_names(("B", "C")) == {"B", "C"}
+    assert (
+        as_names("B and C")
+        == as_names("B, C")
+        == as_names(["C", "B"])
+        == as_names({"B", "C"})
+        == as_names(("B", "C"))
+        == {"B", "C"}
+    )
     assert as_names([]) == as_names("") == set()
     assert as_names([1]) is as_names(3) is None
 
@@ -175,7 +182,7 @@ def test_wrong_knees_teach(profile):
     refused(check(curve.knee_pct(1) / 100, profile, RESNET, 1), "not as a fraction")
     refused(check("?", profile, RESNET, 1), "Give one number [GPU%]")
     refused(check(..., profile, RESNET, 1), UNANSWERED)
-    refused(check(30, profile, RESNET, 1), "too small", "word by word")
+    refused(check(30, profile, RESNET, 1), "too small", "The rule 'tolerance': smallest share whose service time is within 5 %")
 
 
 def test_a_capacity_knee_needs_an_slo(profile):
@@ -213,6 +220,7 @@ def test_what_nvidia_smi_shows(trace):
     refused(check(held, trace), "weighs each launch")
     refused(check(took, trace), "overlap count once")
     refused(check(100 * np.mean(running), trace), "as a fraction")
+    assert check(f"{100 * np.mean(running):.1f} %", trace)
 
 
 gpus = st.sampled_from([V100, T4, A100])
@@ -257,6 +265,9 @@ def test_wrong_wave_knees_teach():
     refused(check(50, 60, V100, 1), "2 waves")
     refused(check(0.75, 60, V100, 1), "fraction")
     refused(check(120, 60, V100, 1), "1 to 100")
+    refused(check(75, 300, V100, 2), "75 SMs may be enough, but the question asks for a share")
+    refused(check(76, 300, V100, 2), "76 SMs may be enough, but the question asks for a share")
+    assert "2 at a time" in check(93.75, 300, V100, 2).message
     refused(check(..., 60, V100, 1), UNANSWERED)
     assert check(75, 60, V100, 1)
     assert check("75 %", 60, V100, 1)
@@ -330,7 +341,12 @@ def test_a_broken_constraint_is_named(profile):
     refused(
         check((32, 100), service, profile), "twice the service time" if lab.fit(profile, RESNET).predict(32, 100) > 40 else "ms"
     )
-    refused(check((1, 10), service, profile), "fewer requests/s than arrive")
+    refused(check((1, 10), service, profile), "fewer than the 400 that arrive")
+    swapped = lab.optimize([service], profile).allocations[0]
+    refused(check((swapped.gpu_pct, swapped.batch), service, profile), "swapped")
+    refused(check((50, 8), service, profile), "Batch 50 at 8 GPU%", "swapped")
+    refused(check((4, 10), service, profile), "Batch 4 at 10 GPU%")
+    assert "swapped" not in check((4, 10), service, profile).message
     slow = lab.Service(RESNET, 200, lab.Poisson(20))
     refused(check((8, 100), slow, profile), "first request of a batch waits")
     refused(check((4, 100), service, profile), "below the best", "search all pairs")
@@ -356,7 +372,7 @@ def test_infeasible_cases_agree_with_the_optimizer(profile, cases):
     assert {name: why_infeasible(found, profile) for name, found in cases.items()} == {"A": "", "B": "total", "C": "SLO"}
 
 
-@pytest.mark.parametrize("answer", ["B, C", "C B", ["B", "C"], {"C", "B"}, ("B", "C")])
+@pytest.mark.parametrize("answer", ["B, C", "C B", "b, c", "C and B", ["B", "C"], {"C", "B"}, ("B", "C")])
 def test_the_infeasible_cases_in_any_form(profile, cases, answer):
     assert lab.exercises.check_infeasible(answer, cases, profile)
 
@@ -387,6 +403,8 @@ def test_the_bound(profile, services):
     refused(check(1300 / asked, services, profile), "same part of every rate")
     refused(check(100_000 / min(by_hand), services, profile), "fewer of them arrive")
     refused(check(0.001 * truth, services, profile), "per ms")
+    refused(check(900, services, profile), "part of resnet50 alone")
+    refused(check(100 * asked, services, profile), "GPU% that all requests together")
     refused(check(10, services, profile), "too small")
 
 
@@ -414,11 +432,13 @@ def test_load(rate, ms, batch):
 def test_wrong_loads_teach():
     check = lab.exercises.check_load
     assert check("0.6", 480, 10, 8)
-    refused(check(60, 480, 10, 8), "fraction")
+    refused(check(72, 480, 12, 8), "fraction")
     refused(check(4.8, 480, 10, 8), "serves 8 requests at once")
     refused(check(600, 480, 10, 8), "Mind the units")
     refused(check(0.4, 480, 10, 8), "nothing runs")
     refused(check(1 / 0.6, 480, 10, 8), "Upside down")
+    refused(check(60, 480, 12, 8), "launches per second")
+    refused(check(480 * 12 * 8 / 1000, 480, 12, 8), "share its service time")
 
 
 @given(rates, times, spreads)
@@ -449,6 +469,10 @@ def test_wrong_waits_teach():
     refused(check(8, 80, 10), "grows without limit")
     refused(check(20, 80, 10, 2), "M/D/1")
     refused(check(60, 80, 10, 2), "squared")
+    refused(check(50, 80, 10), "whole latency in M/M/1")
+    refused(check(200, 80, 10, 2), "only half is left")
+    refused(check(0.8, 80, 10), "utilization")
+    refused(check(5, 80, 10), "left of a service in progress")
     refused(check(500, 80, 10), "too large")
     with pytest.raises(ValueError, match="stable"):
         check(1, 100, 10)
@@ -469,6 +493,7 @@ def test_wrong_rates_teach():
     refused(check(100, 10, 15), "no limit")
     refused(check(40, 10, 15), "evenly")
     refused(check(0.75, 10, 15), "utilization")
+    refused(check(80, 5, 10), "in percent")
     refused(check(60, 10, 15), "exponential")
     refused(check(50, 10, 15), "whole latency")
     refused(check(0.075, 10, 15), "per ms")
@@ -539,6 +564,26 @@ def test_time_beside_others(profile, mine, others):
     if sum(load.knee_pct for load in loads) > 100:
         refused(check(alone * Contention(0.0).stretch(loads)[0], profile, mine, others), "shared memory")
     refused(check(1e4, profile, mine, others), "too large", "add up the GPU%")
+
+
+def test_a_slip_in_the_slowdown_is_named(profile):
+    mine, others = (RESNET, 8, 50), [(VGG, 4, 50)]
+    check = lab.exercises.check_beside
+    own, other = (float(lab.fit(profile, model).predict(batch, share)) for model, batch, share in (mine, *others))
+    right_ms = own * (1 + 0.096 * (other / own) ** 0.1)
+    assert check(right_ms, profile, mine, others)
+    points = [profile.of(m).query("batch == @b and gpu_pct == @g")["service_ms"].item() for m, b, g in (mine, *others)]
+    assert check(points[0] * (1 + 0.096 * (points[1] / points[0]) ** 0.1), profile, mine, others)
+    refused(check(own * (1 + 0.096 * (own / other) ** 0.1), profile, mine, others), "upside down")
+    refused(check(1.096 * own, profile, mine, others), "leaves the ratio")
+    refused(check(right_ms - own, profile, mine, others), "only what is added")
+    refused(check(right_ms / own - 1, profile, mine, others), "as a fraction")
+    refused(check(other, profile, mine, others), "neighbour's time alone")
+    refused(check(own + other, profile, mine, others), "in a row")
+    whole, neighbour = ((m, b, 100) for m, b, _ in (mine, *others))
+    alone, beside = (float(lab.fit(profile, m).predict(b, 100)) for m, b, _ in (whole, neighbour))
+    slowed = alone * (1 + 0.096 * (beside / alone) ** 0.1)
+    refused(check(slowed, profile, whole, [neighbour]), "must be waited for")
 
 
 def test_proportional_sharing_is_named(profile):

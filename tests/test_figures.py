@@ -348,25 +348,6 @@ def test_labels_with_room_stay_where_they_are():
     assert style.spread([5.0, 1.0, 9.0], 2.0) == [5.0, 1.0, 9.0]
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-@pytest.mark.parametrize("name", ["timeline", "raster", "knee", "comparison"])
-def test_files_are_the_same_bytes_twice(tmp_path, name, suffix, profile, trace, table):
-    def write(path):
-        if name == "knee":
-            return figures.static_knee(profile, path)
-        if name == "comparison":
-            return figures.static_comparison(table, path, trace.provenance, bound_rps=360)
-        return figures.static_timeline(trace, path, exact=10 if name == "raster" else 1500)
-
-    first, second = write(tmp_path / f"a{suffix}"), write(tmp_path / f"b{suffix}")
-    assert first.read_bytes() == second.read_bytes()
-    if suffix == ".svg":
-        assert MARK in first.read_text().replace("\n", " ")
-    with pytest.raises(ValueError, match=r"path = .*\.png or \.svg"):
-        write(tmp_path / "a.pdf")
-    assert {p.name for p in tmp_path.iterdir()} == {f"a{suffix}", f"b{suffix}"}
-
-
 def test_the_package_alone_imports_no_plotly():
     code = "import sys, dstack_lab; assert not {'plotly', 'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

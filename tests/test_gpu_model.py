@@ -274,3 +274,16 @@ def test_more_work_beyond_the_measured_batches_takes_proportionally_longer():
 def test_bad_input_names_itself(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_starved_point_does_not_spoil_those_that_had_their_cores():
+    """Two threads on busy cores took three times as long as one on a core of its own: the share of one is as measured."""
+    table = pd.DataFrame({"batch": [1, 1, 4, 4], "gpu_pct": [50, 100, 50, 100], "service_ms": [9.0, 26.0, 33.0, 60.0]})
+    marks = ["", "starved, few repeats", "", "unstable, starved"]
+    honest = Profile(table.assign(model="net", mark=marks), BY_HAND, strict=False)
+    np.testing.assert_allclose(fit(honest, "net").predict([1, 4], 50), [9, 33], rtol=0.03)
+    blind = Profile(table.assign(model="net", mark=""), BY_HAND, strict=False)
+    assert fit(blind, "net").predict(1, 50) > 1.2 * 9
+    same = profile_of([(1, 50, 9.0), (1, 100, 6.0), (4, 50, 33.0), (4, 100, 20.0)])
+    marked = Profile(same.table.assign(mark="starved"), BY_HAND, strict=False)
+    np.testing.assert_array_equal(fit(marked, "net").predict([1, 4], 50), fit(same, "net").predict([1, 4], 50))

@@ -18,10 +18,10 @@ FLOORS: dict[float, str] = {
     -1: "checks digests files progress protocol",
     -0.5: "cells points provenance",
     0: "arrivals profiles traces variability",
-    0.5: "bert brackets monotone operations",
-    0.7: "fusion",
+    0.5: "bert brackets monotone operations tables",
+    0.7: "contention fusion",
     1: "gpu_specs kernels knees services zoo",
-    1.5: "chrome_trace constraints contention kernel_cost kriging state surface trace_tables",
+    1.5: "chrome_trace constraints kernel_cost kriging state surface trace_tables",
     2: "gpu_model kernel_model metrics",
     2.5: "bounds",
     3: "active ledger optimizer policies workloads",
@@ -36,7 +36,7 @@ FLOORS: dict[float, str] = {
     7: "figures",
     8: "exercises panels",
     9: "__init__",
-    9.5: "demo",  # uses the public names, as a reader would
+    9.5: "demo gallery",  # uses the public names, as a reader would
     10: "__main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 import dstack_lab as lab
 from dstack_lab.devices import Cpu
@@ -19,6 +21,8 @@ from dstack_lab.devices.base import Device
 from dstack_lab.panels.stoppable import Stoppable, Stopped
 
 V100 = lab.load_profile("v100-simulated")
+#: Enough of a profile to plan for real workers.
+ROWS = lab.Profile(V100.of("squeezenet1_1").query("gpu_pct in (50, 100) and batch <= 2"), V100.provenance)
 
 
 def workers(parent: int) -> list[int]:
@@ -54,11 +58,7 @@ def test_live_run_without_a_second_core_says_so():
 
 @pytest.mark.slow
 def test_live_run_runs_real_workers_and_leaves_none_behind():
-    rows = lab.Profile(
-        V100.table[(V100.table["model"] == "squeezenet1_1") & V100.table["gpu_pct"].isin([50, 100])].query("batch <= 2"),
-        V100.provenance,
-    )
-    panel = lab.panels.LiveRun([lab.Service("squeezenet1_1", 2000, lab.Poisson(3))], rows, lab.Temporal(), seconds=2)
+    panel = lab.panels.LiveRun([lab.Service("squeezenet1_1", 2000, lab.Poisson(3))], ROWS, lab.Temporal(), seconds=2)
     panel.start()
     panel.wait()
     facts = panel.facts()
@@ -70,6 +70,97 @@ def test_live_run_runs_real_workers_and_leaves_none_behind():
     assert not panel.running
     assert panel.facts()["state"].startswith("stopped")
     assert workers(os.getpid()) == []
+
+
+class Raises(lab.Policy):
+    def decide(self, state):
+        return 1 / 0
+
+
+class Lazy(lab.Policy):
+    def decide(self, state):
+        return []
+
+
+class Stuck(lab.Policy):
+    def __init__(self):
+        self.asked, self.let_go = threading.Event(), threading.Event()
+
+    def decide(self, state):
+        self.asked.set()
+        self.let_go.wait(60)
+        return []
+
+
+@pytest.mark.slow
+def test_a_policy_that_fails_on_real_workers_is_words_and_the_panel_goes_on(monkeypatch):
+    stuck = Stuck()
+    panel = lab.panels.LiveRun([lab.Service("squeezenet1_1", 2000, lab.Poisson(6))], ROWS, [Raises(), Lazy(), stuck], seconds=1)
+    panel.start()
+    panel.wait()
+    assert "failed: PolicyError: Raises raised" in panel.facts()["message"]
+    assert "division by zero" in panel.facts()["message"]
+    panel.policy.value = "Lazy"
+    panel.start()
+    panel.wait()
+    assert panel.facts()["message"].startswith("Lazy launched nothing: all ")
+    assert panel.facts()["p99_ms"] is None
+    assert panel.facts()["goodput_rps"] == 0
+    panel.policy.value = "Stuck"
+    monkeypatch.setattr("dstack_lab.panels.live_run.STOP_S", 0.2)
+    panel.start()
+    assert stuck.asked.wait(60)
+    panel.stop()
+    assert "Stuck does not return from decide()" in panel.facts()["message"]
+    assert panel.running
+    panel.start()
+    assert "a run is going on already" in panel.facts()["message"]
+    stuck.let_go.set()
+    panel.wait()
+    assert workers(os.getpid()) == []
+
+
+@pytest.mark.slow
+def test_two_live_runs_do_not_take_each_other_the_cores():
+    service = lab.Service("squeezenet1_1", 2000, lab.Poisson(3))
+    first, second = (lab.panels.LiveRun([service], ROWS, lab.Temporal(), seconds=seconds) for seconds in (60, 1))
+    first.start()
+    second.start()
+    assert not second.running
+    assert "another live run is going on" in second.facts()["message"]
+    first.stop()
+    second.start()
+    second.wait()
+    assert (second.facts()["state"], second.facts()["message"]) == ("ended", "")
+    assert first.facts()["state"].startswith("stopped")
+    assert workers(os.getpid()) == []
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_interrupted_or_restarted_leaves_no_worker():
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        asked = client.execute_interactive("import os, dstack_lab as lab", user_expressions={"pid": "os.getpid()"}, timeout=60)
+        pid = int(asked["content"]["user_expressions"]["pid"]["data"]["text/plain"])
+        client.execute("panel = lab.panels.LiveRun(); panel.start(); panel.wait()")
+        assert comes(lambda: workers(pid))
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=60)["content"]["ename"] == "KeyboardInterrupt"
+        told = {"state": "panel.facts()['state']", "running": "panel.running", "again": "not panel.start_button.disabled"}
+        answer = client.execute_interactive("pass", user_expressions=told, timeout=60)["content"]["user_expressions"]
+        found = {name: value["data"]["text/plain"] for name, value in answer.items()}
+        assert found == {"state": "'stopped before it began'", "running": "False", "again": "True"}
+        assert workers(pid) == []
+        client.execute_interactive("panel.start()", timeout=60)
+        assert comes(lambda: workers(pid))
+        manager.restart_kernel()
+        assert comes(lambda: not workers(pid))
+        client.wait_for_ready(timeout=60)
+        again = client.execute_interactive("import dstack_lab as lab; lab.panels.LiveRun().facts()['state']", timeout=60)
+        assert again["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow

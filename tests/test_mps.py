@@ -308,12 +308,13 @@ def test_a_tolerated_difference_is_let_pass(machine):
 @pytest.mark.parametrize(("mood", "most"), [("ok", 48), ("new", 60)])
 def test_the_gpu_takes_only_so_many_workers(machine, mood, most):
     machine(FAKE_MPS=mood)
-    device = Mps()
-    assert device._daemon().most_clients == most
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dstack_lab.devices.mps.clients", lambda daemon: [None] * most)
-        with pytest.raises(MpsError, match=f"{most} workers run under MPS already"):
-            device.start("any", 50)
+    assert Mps()._daemon().most_clients == most
+    for device, room in ((Mps(), most - 1), (Mps(share_parameters=False), most)):  # one client holds the parameters
+        assert device.most_workers() == room
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dstack_lab.devices.mps.clients", lambda daemon, room=room: [None] * room)
+            with pytest.raises(MpsError, match=f"{room} workers run under MPS already"):
+                device.start("any", 50)
 
 
 def test_a_dead_daemon_is_replaced_only_without_workers(machine):

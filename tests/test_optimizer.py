@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,18 @@ def test_overload_is_refused_with_who_asks_for_what_or_planned_for_its_admitted_
         assert allocation.rate_rps <= part * service.rate_rps * (1 + 1e-9)
         assert allocation.rate_rps >= part * service.rate_rps / 10  # nobody is starved
     assert plan.demand_pct <= 101
+
+
+def test_a_rate_that_one_launch_after_another_cannot_answer_names_the_most_it_can():
+    def plan(rate_rps):
+        return lab.optimize([lab.Service("light", 30, lab.Poisson(rate_rps))], PROFILE)
+
+    with pytest.raises(lab.InfeasiblePlan, match=r"light asks for .*/s within slo_ms = 30, .* at most") as said:
+        plan(0.999 * lab.bound([lab.Service("light", 30, lab.Poisson(1e5))], PROFILE).total_rps)
+    most = float(re.search(r"answers ([\d.]+)/s", str(said.value))[1])
+    assert plan(most - 0.1).allocations[0].rate_rps == most - 0.1
+    with pytest.raises(lab.InfeasiblePlan):
+        plan(most + 0.1)
 
 
 def test_an_slo_nobody_can_meet_names_the_service_and_its_fastest_time():

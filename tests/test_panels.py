@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from PIL import Image
 from traitlets import TraitError
 
 import dstack_lab as lab
+from dstack_lab.constraints import BINDINGS, OBJECTIVES
+from dstack_lab.panels.batch_planner import LIMITS
+from dstack_lab.panels.controls import Choice
 from dstack_lab.panels.live_figure import live, marks, show
 
 V100 = lab.load_profile("v100-simulated")
@@ -113,6 +118,19 @@ def test_batch_planner_says_what_the_optimizer_says():
     assert panel.facts() == facts
 
 
+def test_batch_planner_says_plainly_what_limits_the_best_point():
+    panel = lab.panels.BatchPlanner(V100, ["resnet50", "vgg19"])
+    told = {}
+    for objective, slo, rate in itertools.product(OBJECTIVES, (12.0, 25.0, 50.0, 500.0), (2.0, 40.0, 400.0, 1500.0)):
+        panel.objective.value, panel.slo_ms.value, panel.rate_rps.value = objective, slo, rate
+        if panel.facts()["feasible"]:
+            told[panel.facts()["binds"]] = panel.describe()
+    assert len(told) >= 4, told.keys()
+    for binds, words in told.items():
+        assert ("No constraint binds" if binds == "none" else f"(“{binds}”)") in words
+    assert set(LIMITS) == set(BINDINGS) - {"GPU total"}
+
+
 def test_every_point_of_the_map_is_judged_as_the_optimizer_judges():
     from dstack_lab.constraints import CONSTRAINTS, broken_most
     from dstack_lab.figures.choices import _map, choose
@@ -202,11 +220,81 @@ def test_values_out_of_range_are_taken_back_in_words():
     assert (panel.facts()["model"], panel.facts()["gpu_pct"], panel.facts()["message"]) == ("resnet50", 41, "")
 
 
-@pytest.mark.parametrize("name", ["KneeExplorer", "BatchPlanner"])
-def test_a_network_that_the_profile_lacks_is_named(name):
-    panel = getattr(lab.panels, name)(V100, ["resnet50", "nobody"])
-    assert panel.model.options == ("resnet50",)
-    assert "nobody is not in the profile" in panel.facts()["message"]
+SLIDERS = [
+    (name, field)
+    for name, fields in {
+        "KneeExplorer": ("batch", "gpu_pct", "slo_ms"),
+        "BatchPlanner": ("slo_ms", "rate_rps", "gpu_pct"),
+        "ModelAnatomy": ("batch", "gpu_pct"),
+        "PolicyRace": ("load", "seed"),
+        "ScheduleExplorer": ("load", "start_ms", "span_ms", "seed"),
+        "LiveRun": ("seconds",),
+    }.items()
+    for field in fields
+]
+
+
+@pytest.mark.parametrize(("name", "field"), SLIDERS)
+def test_any_slider_takes_a_value_beyond_its_range_back_in_words(name, field):
+    panel = MAKERS[name]()
+    _ = panel.figure
+    slider = getattr(panel, field)
+    low, high = slider.range()
+    for given, kept in ((-5, low), (10 * high + 1, high)):
+        slider.value = given
+        assert slider.value == pytest.approx(kept)
+        assert f"{field} = {given:g}: must be from {low:g} to {high:g}" in panel.facts()["message"]
+        assert panel.facts()["message"] in html.unescape(panel._message.value)
+    slider.value = low if field == "span_ms" else high
+    if name in MOVES:
+        other, value = MOVES[name]
+        getattr(panel, other).value = value
+        assert panel.facts()[other] == value
+    assert "must be" not in panel.facts()["message"]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_list_refuses_what_it_does_not_offer_and_the_panel_goes_on(name):
+    panel = MAKERS[name]()
+    lists = {field: control for field, control in panel._watched.items() if isinstance(control, Choice)}
+    assert lists
+    for field, control in lists.items():
+        kept = control.value
+        with pytest.raises(TraitError, match=f"{field} = 'nobody': must be one of"):
+            control.value = "nobody"
+        assert f"{field} = 'nobody'" in panel.facts()["message"]
+        assert control.value == kept
+        control.value = control.options[-1][1] if isinstance(control.options[-1], tuple) else control.options[-1]
+        assert "must be" not in panel.facts()["message"]
+
+
+@pytest.mark.parametrize(("name", "where"), [("KneeExplorer", "profile"), ("BatchPlanner", "profile"), ("ModelAnatomy", "zoo")])
+@pytest.mark.parametrize("asked", [["alexnet", "nobody"], "nobody", []])
+def test_a_network_that_nobody_knows_is_named(name, where, asked):
+    panel = lab.panels.ModelAnatomy(asked) if where == "zoo" else getattr(lab.panels, name)(V100, asked)
+    missing = "nobody" if asked else "no network"
+    assert f"{missing} is not in the {where}, which holds " in panel.facts()["message"]
+    assert "nobody" not in panel.model.options
+    assert len(panel.model.options) == (1 if "alexnet" in asked else len(lab.zoo.names() if where == "zoo" else V100.models))
+    panel.gpu_pct.value = 33
+    assert panel.facts()["gpu_pct"] == 33
+    assert missing in panel.facts()["message"]
+
+
+@pytest.mark.parametrize("name", ["PolicyRace", "ScheduleExplorer", "LiveRun"])
+def test_services_of_a_network_that_the_profile_lacks_are_refused(name):
+    few = lab.Profile(V100.of("resnet50"), V100.provenance)
+    with pytest.raises(ValueError, match=r"model of bert_base = 'bert_base': must be one of resnet50"):
+        getattr(lab.panels, name)(profile=few, services=[lab.Service("bert_base", 100, lab.Poisson(10))])
+
+
+def test_a_workload_that_the_profile_cannot_serve_is_words():
+    few = lab.Profile(V100.table[V100.table["model"].isin(["resnet50", "vgg19"])], V100.provenance)
+    panel = lab.panels.PolicyRace("C-4", few, [lab.Temporal()], 300)
+    assert "must be one of resnet50, vgg19" in panel.facts()["message"]
+    panel.workload.value = "C-2"
+    assert panel.facts()["message"] == ""
+    assert panel.facts()["goodput_rps"]["Temporal"] > 0
 
 
 def test_a_strict_panel_raises_where_a_control_was_set():

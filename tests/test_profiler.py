@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from dstack_lab.devices import Cpu, WorkerDied, WorkerFailed, WorkerTimeout
+from dstack_lab.points import digest, median_interval
 from dstack_lab.profiler import measure
 
 
@@ -27,6 +31,7 @@ class ScriptedDevice:
     def __init__(self, service_ms=lambda batch, share, n: 100 * batch / share, trouble=(), marks=()):
         self.service_ms, self.trouble, self._marks = service_ms, list(trouble), marks
         self.asked, self.started, self.open = [], [], 0
+        self.cores = lambda n: 0.8  # that the worker gets in the n-th window
 
     def shares(self):
         return (25.0, 50.0, 100.0)
@@ -61,8 +66,11 @@ class ScriptedWorker:
             raise error
         ms = self.device.service_ms(message["batch"], self.gpu_pct, self.windows)
         self.windows += 1
+        if not np.isscalar(ms):  # its samples
+            return {"samples_ms": list(ms), "wall_ms": sum(ms), "cpu_ms": sum(ms)}
         repeats = max(message["repeats"], int(message["min_ms"] / ms))
-        return {"samples_ms": [ms] * repeats, "wall_ms": ms * repeats, "cpu_ms": 0.8 * ms * repeats}
+        cores = self.device.cores(self.windows - 1)
+        return {"samples_ms": [ms] * repeats, "wall_ms": ms * repeats, "cpu_ms": cores * ms * repeats}
 
     def kill(self):
         self.device.open -= 1
@@ -84,7 +92,7 @@ def test_every_point_of_the_grid_on_a_fresh_worker_per_share():
     assert device.open == 0
     rows = profile.table
     assert list(rows.columns) == (
-        ["model", "batch", "gpu_pct", "service_ms", "p99_ms", "spread", "repeats", "effective_cores", "mark"]
+        ["model", "batch", "gpu_pct", "service_ms", "low_ms", "high_ms", "p99_ms", "spread", "repeats", "effective_cores", "mark"]
     )
     assert [(r.model, r.batch, r.gpu_pct) for r in rows.itertuples()] == (
         [(m, b, s) for m in ("alexnet", "vgg19") for b in (1, 4) for s in shares]
@@ -118,6 +126,102 @@ def test_half_a_core_for_a_worker_that_was_given_one_is_marked(monkeypatch):
     profile = run(cpu)
     assert list(profile.table["mark"]) == ["starved", "starved"]  # the script uses 0.8 cores
     assert "starved: 2 of 2 points" in profile.provenance.marks
+
+
+def on_one_core(monkeypatch, script, **options):
+    """The only point of a script that is given one core."""
+    monkeypatch.setattr(Cpu, "start", lambda self, *where, **how: script.start(*where, **how))
+    (row,) = run(Cpu(Cpu().slots()[:1]), batches=(1,), shares=(100,), **options).table.to_dict("records")
+    return row
+
+
+def test_windows_in_which_others_had_the_cores_do_not_count(monkeypatch):
+    """Twice as slow while starved, in the first two windows and in the fourth."""
+    hungry = {0, 1, 3}
+    script = ScriptedDevice(lambda b, s, n: 20.0 if n in hungry else 10.0)
+    script.cores = lambda n: 0.5 if n in hungry else 1.0
+    row = on_one_core(monkeypatch, script)
+    assert (row["service_ms"], row["effective_cores"], row["mark"]) == (10.0, pytest.approx(1.0), "")
+    assert len(script.asked) == 5  # two that agree and had their core
+
+
+def test_a_starved_point_is_given_twice_the_time_and_then_kept_with_its_mark(monkeypatch):
+    script = ScriptedDevice(lambda b, s, n: 20.0)
+    script.cores = lambda n: 0.5
+    row = on_one_core(monkeypatch, script)
+    assert (row["service_ms"], row["mark"]) == (20.0, "starved")
+    assert len(script.asked) == 13  # of 160 ms each, until 2 s are over
+
+
+# The interval of the median
+
+
+@given(st.integers(0, 200), st.sampled_from([0.8, 0.9, 0.95, 0.99]))
+def test_the_interval_is_that_of_scipy_s_quantile_test(n, level):
+    """The same order statistics, found by another route: both tails hold half of what is left out."""
+    samples = np.random.default_rng(n).permutation(n) + 1.0
+    low, high = median_interval(samples, level)
+    if n == 0:
+        assert (low, high) == (-np.inf, np.inf)
+        return
+    told = stats.quantile_test(samples, q=0, p=0.5).confidence_interval(level)
+    assert low == (told.low if np.isfinite(told.low) else -np.inf)
+    assert high == (told.high if np.isfinite(told.high) else np.inf)
+
+
+@pytest.mark.parametrize("n", [6, 7, 10, 25, 200])
+@pytest.mark.parametrize("draw", ["lognormal", "exponential", "uniform"])
+def test_the_interval_holds_the_median_as_often_as_it_says(n, draw):
+    """Exact coverage is sum of binomials; 4000 draws find it within 4 standard errors. 5 samples leave out 6 %."""
+    rng = np.random.default_rng(n)
+    truth = {"lognormal": 1.0, "exponential": np.log(2), "uniform": 0.5}[draw]
+    found = [median_interval(getattr(rng, draw)(size=n)) for _ in range(4000)]
+    held = np.mean([low <= truth <= high for low, high in found])
+    r = next(k for k in range(n, 0, -1) if stats.binom.cdf(k - 1, n, 0.5) <= 0.025)
+    exact = 1 - 2 * stats.binom.cdf(r - 1, n, 0.5)
+    assert exact >= 0.95
+    assert held == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 4000))
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_too_few_samples_have_no_interval(n):
+    assert median_interval(np.arange(float(n))) == (-np.inf, np.inf)
+
+
+def test_a_level_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"level = 1: must be above 0 and below 1"):
+        median_interval([1.0], 1)
+
+
+def test_with_an_interval_a_point_is_timed_until_it_is_narrow():
+    """Windows of 20 samples whose medians agree at once; their spread is 20 %, so that the interval narrows slowly."""
+    rng = np.random.default_rng(3)
+    noisy = [10 * (1 + 0.2 * (rng.permutation(20) / 19 - 0.5)) for _ in range(100)]
+
+    def timed(interval, seconds):
+        device = ScriptedDevice(lambda b, s, n: noisy[n])
+        (row,) = run(device, batches=(1,), shares=(50,), interval=interval, seconds_per_point=seconds).table.to_dict("records")
+        assert row["low_ms"] <= row["service_ms"] <= row["high_ms"]
+        return len(device.asked), (row["high_ms"] - row["low_ms"]) / row["service_ms"], row["mark"]
+
+    few, wide, mark = timed(None, 60)
+    assert (few, mark) == (2, "")
+    many, narrow, mark = timed(0.03, 60)
+    assert (many > 5, mark) == (True, "")
+    assert narrow <= 0.03 < wide
+    asked, still_wide, mark = timed(0.03, 0.5)  # three windows of 0.2 s
+    assert (asked, mark) == (3, "wide interval")
+    assert still_wide > 0.03
+    with pytest.raises(ValueError, match="interval = 0: must be a finite number above 0"):
+        run(ScriptedDevice(), interval=0)
+
+
+def test_without_enough_samples_the_interval_is_not_a_number():
+    table = run(ScriptedDevice(lambda b, s, n: 100.0), batches=(1,), shares=(50,), seconds_per_point=0.01).table
+    assert table["repeats"].item() >= 10
+    few = digest([{"samples_ms": [1.0, 2.0], "cpu_ms": 3.0, "wall_ms": 3.0}], True, None, 0.1)
+    assert np.isnan([few["low_ms"], few["high_ms"]]).all()
+    assert few["mark"] == "wide interval, few repeats"
 
 
 def test_a_slow_batch_is_still_timed_twice():
@@ -319,6 +423,7 @@ def test_real_workers_are_timed_and_replaced_when_they_die(network, tmp_path):
 INTERRUPTED = """
 import sys
 from dstack_lab.devices import Cpu
+from dstack_lab.points import digest, median_interval
 from dstack_lab.profiler import measure
 measure(sys.argv[1], device=Cpu(Cpu().slots()[:1]), batches=(1, 2), seconds_per_point=120, progress=False, folder=sys.argv[2])
 """

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -86,8 +87,18 @@ def test_a_real_run_has_the_simulators_schema_and_requests(policy):
     assert np.allclose(real.requests["arrival_ms"], simulated.requests["arrival_ms"])
     assert real.provenance.kind == "measured"
     assert "core" in real.provenance.device
+    assert "planned elsewhere: with service times measured of this machine" in real.provenance.marks
     assert real.events.empty
     assert not children()
+
+
+def test_a_plan_of_this_machine_leaves_no_mark():
+    made = plan(6)
+    here = replace(made, provenance=lab.Provenance("measured", Cpu().describe(), "core sets"))
+    assert not any("planned elsewhere" in mark for mark in lab.run(here, lab.Temporal(), Cpu(), 300).provenance.marks)
+    guessed = replace(here, provenance=replace(here.provenance, kind="simulated"))
+    marks = lab.run(guessed, lab.Temporal(), Cpu(), 300).provenance.marks
+    assert f"planned elsewhere: with service times simulated of {Cpu().describe()}" in marks
 
 
 def test_the_same_request_gets_the_same_answer_whatever_its_batch():

@@ -42,8 +42,8 @@ WORKLOADS, LOADS = ("C-4", "C-2", "C-7", "C-3"), (0.8, 1.2, 0.4)
 RUN_S, DRAIN_S = 20.0, 5.0
 #: SLO of each network on a CPU, in service times of its largest batch on all cores.
 CPU_SLO_TIMES = (4, 8)
-#: Workers that one device is asked to hold: MPS takes 48 clients at least.
-MOST_WORKERS = 48
+#: Workers that one device is asked to hold: MPS takes 48 clients at least, of which one holds the parameters.
+MOST_WORKERS = 47
 SEED = 1
 NO_KNEE = "no profile is recorded: first python -m dstack_lab measure --agenda knee"
 

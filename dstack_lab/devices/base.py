@@ -16,8 +16,10 @@ class WorkerError(RuntimeError):
 class WorkerDied(WorkerError):
     """A worker's process is gone.
 
-    Attributes
+    Parameters
     ----------
+    message : str
+        How it ended, and its last words.
     exit_code : int or None
         Exit status; None if a signal ended it.
     signal : int or None
@@ -37,8 +39,10 @@ class WorkerTimeout(WorkerError):
 class WorkerFailed(WorkerError):
     """A worker answered that it could not do it.
 
-    Attributes
+    Parameters
     ----------
+    message : str
+        Its words.
     kind : str
         One of `dstack_lab.protocol.ERRORS`.
     """

@@ -21,15 +21,19 @@ from dstack_lab.devices.mps_daemon import (
     find_program,
     foreign_daemon,
     most_clients,
+    refuse_unusable,
     version,
 )
 from dstack_lab.devices.mps_worker import MpsWorker, SmLeases, clients
 from dstack_lab.devices.nvml_sampler import Sampler
+from dstack_lab.devices.parameter_map import PARAMETERS_GONE
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 #: A share this close to a grantable one is that one.
 ROUNDING_PCT = 0.05
+#: Share of the process that holds the parameters: it copies them once. A context takes less memory at a small one.
+HOST_PCT = 10.0
 
 _LOCK = threading.Lock()
 _DAEMONS: dict[tuple[int, str | None], MpsDaemon] = {}  # by GPU
@@ -64,6 +68,9 @@ class Mps:
         profile and of a trace (``effective_sms``), whatever was asked.
     oversubscribe : bool
         Let shares held at the same time sum to more than 100, as `policies.Uncontrolled` does.
+    share_parameters : bool
+        Workers of one network map one copy of its parameters, which a process of its own holds (CUDA IPC). Where
+        that cannot be, each loads its own, and a mark says so.
 
     Notes
     -----
@@ -80,6 +87,7 @@ class Mps:
     sms: int | None = None
     tolerance_sms: int = 8
     oversubscribe: bool = False
+    share_parameters: bool = True
 
     name: ClassVar[str] = "mps"
     mechanism: ClassVar[str] = "MPS"
@@ -91,7 +99,7 @@ class Mps:
         count("tolerance_sms", self.tolerance_sms, least=0)
         if self.sms is not None:
             count("sms", self.sms)
-        for field in ("channels_last", "graphs", "rounds_up", "oversubscribe"):
+        for field in ("channels_last", "graphs", "rounds_up", "oversubscribe", "share_parameters"):
             require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
 
     def all_sms(self) -> int:
@@ -181,6 +189,8 @@ class Mps:
         daemon = self._daemon()
         env = daemon.client_env(exact) | {"DSTACK_LAB_PRECISION": self.precision}
         env |= {"DSTACK_LAB_CHANNELS_LAST": f"{self.channels_last:d}", "DSTACK_LAB_GRAPHS": f"{self.graphs:d}"}
+        if self.share_parameters and not daemon.unshared:
+            env["DSTACK_LAB_PARAMETERS"] = daemon.parameters(HOST_PCT).path
         more: dict[str, Any] = {"batches": batches, "weights": weights, "seed": seed, "memory_mib": memory_mib}
         return MpsWorker(daemon, sms, self.tolerance_sms, model, gpu_pct, cores=cores, env=env, **more)
 
@@ -198,10 +208,10 @@ class Mps:
                 refuse_unusable(gpu)
                 alone = len(nvml.gpus()) == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
                 daemon = _DAEMONS[self._key()] = MpsDaemon(None if alone else gpu.uuid)
-            if len(clients(daemon)) >= daemon.most_clients:
+            most = daemon.most_clients - self.share_parameters
+            if len(clients(daemon)) >= most:
                 raise MpsError(
-                    f"{daemon.most_clients} workers run under MPS already, the most that one GPU takes: "
-                    "close some, or plan fewer shares"
+                    f"{most} workers run under MPS already, the most that one GPU takes: close some, or plan fewer shares"
                 )
             return daemon
 
@@ -226,13 +236,15 @@ class Mps:
     def most_workers(self) -> int:
         """Workers that the GPU takes at the same time, over all services."""
         control = find_program(CONTROL)
-        return most_clients(None if control is None else version(control))
+        return most_clients(None if control is None else version(control)) - self.share_parameters
 
     def common_fault(self, said: str = "") -> str | None:
         """Why all workers have to be started anew, if so: the daemon died, or a worker `said` that the server failed."""
         daemon = _DAEMONS.get(self._key())
         if daemon is not None and not daemon.alive:
             return "the MPS daemon died under its workers"
+        if daemon is not None and daemon.parameters_lost:
+            return PARAMETERS_GONE
         return shared_fault(said)
 
     def recover(self) -> None:
@@ -266,7 +278,7 @@ class Mps:
         """Reservations about numbers recorded here and now, each as ``"kind: sentence"``."""
         gpu, found = nvml.gpu(self.device), []
         daemon = _DAEMONS.get(self._key())
-        known = set() if daemon is None else {daemon.server, *(worker.pid for worker in clients(daemon))}
+        known = set() if daemon is None else {*daemon.pids, *(worker.pid for worker in clients(daemon))}
         others = set(gpu.processes or ()) - known
         if others and (daemon is None or known & set(gpu.processes or ())):  # else its numbers are of another namespace
             found.append(f"other processes: {len(others)} more on the GPU take turns with the workers")
@@ -276,22 +288,6 @@ class Mps:
             found.append(f"foreign MPS daemon: another one listens in {FOREIGN}; workers here use their own")
         if self.oversubscribe:
             found.append("oversubscribed shares: caps held at the same time may sum to more than 100 %")
+        if daemon is not None and daemon.unshared:
+            found.append(f"own parameters: workers of a network do not share them: {daemon.unshared[0]}")
         return tuple(found)
-
-
-def refuse_unusable(gpu: nvml.GpuFacts) -> None:
-    """Say why MPS cannot share this GPU, if so.
-
-    Raises
-    ------
-    MpsError
-        With the cure.
-    """
-    if gpu.mig:
-        raise MpsError(f"MIG is on for GPU {gpu.index}: its SMs are cut up already. As root: nvidia-smi -i {gpu.index} -mig 0")
-    cure = f"As root: nvidia-smi -i {gpu.index} -c DEFAULT"
-    if gpu.compute_mode in ("prohibited", "exclusive thread"):
-        raise MpsError(f"compute mode of GPU {gpu.index} is {gpu.compute_mode}: MPS cannot serve it. {cure}")
-    if gpu.compute_mode == "exclusive process" and gpu.processes:
-        text = f"compute mode of GPU {gpu.index} is exclusive process and process {gpu.processes[0]} has it"
-        raise MpsError(f"{text}: end that one (another MPS server?), or as root: nvidia-smi -i {gpu.index} -c DEFAULT")

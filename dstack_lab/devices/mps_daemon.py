@@ -13,7 +13,8 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
-from dstack_lab.devices import mps_keeper
+from dstack_lab.devices import mps_keeper, nvml
+from dstack_lab.devices.parameter_host import ParameterHost
 
 CONTROL, SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 
@@ -56,6 +57,24 @@ def version(control: str) -> int | None:
 def most_clients(version: int | None) -> int:
     """Processes that one GPU takes under programs of a version; the lesser number if it is unknown."""
     return 60 if (version or 0) >= SIXTY_CLIENTS else 48
+
+
+def refuse_unusable(gpu: nvml.GpuFacts) -> None:
+    """Say why MPS cannot share this GPU, if so.
+
+    Raises
+    ------
+    MpsError
+        With the cure.
+    """
+    if gpu.mig:
+        raise MpsError(f"MIG is on for GPU {gpu.index}: its SMs are cut up already. As root: nvidia-smi -i {gpu.index} -mig 0")
+    cure = f"As root: nvidia-smi -i {gpu.index} -c DEFAULT"
+    if gpu.compute_mode in ("prohibited", "exclusive thread"):
+        raise MpsError(f"compute mode of GPU {gpu.index} is {gpu.compute_mode}: MPS cannot serve it. {cure}")
+    if gpu.compute_mode == "exclusive process" and gpu.processes:
+        text = f"compute mode of GPU {gpu.index} is exclusive process and process {gpu.processes[0]} has it"
+        raise MpsError(f"{text}: end that one (another MPS server?), or as root: nvidia-smi -i {gpu.index} -c DEFAULT")
 
 
 def foreign_daemon(folder: Path = FOREIGN) -> bool:
@@ -109,7 +128,10 @@ class MpsDaemon:
             env=self.env,
             start_new_session=True,  # Ctrl-C in a terminal reaches this process only
         )
-        self._finalizer = weakref.finalize(self, _dismiss, keeper, os.getpid())  # also at interpreter exit
+        self._hosts: list[ParameterHost] = []
+        #: Why workers hold parameters of their own, though they were to share them.
+        self.unshared: list[str] = []
+        self._finalizer = weakref.finalize(self, _dismiss, keeper, self._hosts, os.getpid())  # also at interpreter exit
         try:
             self._start(timeout_s)
         except BaseException:
@@ -196,6 +218,24 @@ class MpsDaemon:
         """Environment of a client capped at a share: settled before its CUDA starts, fixed afterwards."""
         return self.folders | self.visible | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": f"{gpu_pct:g}"}
 
+    def parameters(self, gpu_pct: float) -> ParameterHost:
+        """Return the process that holds the parameters of all workers; started at the first call, as a client."""
+        if not self._hosts:
+            end_client = weakref.WeakMethod(self.terminate_client)  # the host must not keep its daemon alive
+            let_go = lambda pid: (end := end_client()) is not None and end(pid)  # noqa: E731
+            self._hosts.append(ParameterHost(self.root, self.client_env(gpu_pct), let_go=let_go))
+        return self._hosts[0]
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes on the GPU that are no workers: the server, and who holds the parameters."""
+        return {self.server, *(host.pid for host in self._hosts)}
+
+    @property
+    def parameters_lost(self) -> bool:
+        """Whether that process ended, so that what the workers mapped is not to be trusted."""
+        return bool(self._hosts) and not self._hosts[0].alive
+
     def terminate_client(self, pid: int) -> bool:
         """End a client's work on the GPU, as must be done before its process is killed; return whether it worked."""
         try:
@@ -208,9 +248,11 @@ class MpsDaemon:
         self._finalizer()
 
 
-def _dismiss(keeper: subprocess.Popen[bytes], owner: int) -> None:
+def _dismiss(keeper: subprocess.Popen[bytes], hosts: list[ParameterHost], owner: int) -> None:
     if os.getpid() != owner:  # a forked child leaves its parent's daemon alone
         return
+    for host in hosts:
+        host.close()
     assert keeper.stdin is not None
     keeper.stdin.close()
     keeper.wait()

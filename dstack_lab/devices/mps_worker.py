@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 import subprocess
 import weakref
 from typing import Any
 
+from dstack_lab.devices.base import WorkerDied
 from dstack_lab.devices.cuda_errors import with_cure
 from dstack_lab.devices.mps_daemon import MpsDaemon
+from dstack_lab.devices.parameter_map import MAP_S
 from dstack_lab.devices.process import WorkerProcess
 from dstack_lab.devices.spawn import end
 from dstack_lab.protocol import Message
@@ -58,6 +61,9 @@ class MpsWorker(WorkerProcess):
         if message["reply"] != "ready":
             return message
         facts = message["facts"]
+        if told := facts.get("why_not_shared"):
+            self.note = f"; it holds parameters of its own: {told}"
+            self.daemon.unshared.append(told)
         granted, why = facts.get("granted_sms"), ""
         if not facts.get("mps"):
             why = "it computes outside MPS, without a cap: the daemon could not be reached. Close all workers and start again"
@@ -67,6 +73,15 @@ class MpsWorker(WorkerProcess):
             why = f"its share {self.gpu_pct:g} % is {self.sms} SMs, but {granted} were granted: pass Mps(step_sms=...) or "
             why += f"Mps(rounds_up=...) of this GPU, or accept them with Mps(tolerance_sms={abs(granted - self.sms)})"
         return message if not why else {"reply": "failed", "error": "failed", "message": why}
+
+    def _death(self) -> WorkerDied:
+        """As `WorkerProcess._death`; a driver that hung while it mapped parameters is not asked for that again."""
+        death = super()._death()
+        if death.signal == signal.SIGALRM:
+            told = f"the driver did not map them within {MAP_S} s"
+            self.daemon.unshared.append(told)
+            return WorkerDied(f"{self!r} was ended: parameters are shared no more, {told}", signal=death.signal)
+        return death
 
 
 _ALL: weakref.WeakSet[MpsWorker] = weakref.WeakSet()

@@ -58,6 +58,8 @@ class WorkerProcess:
         If an argument is out of range, or a core does not exist.
     """
 
+    note = ""  #: what is not as it was asked for, though it serves: "; ..."
+
     def __init__(
         self,
         model: str,
@@ -98,9 +100,7 @@ class WorkerProcess:
                 start_new_session=True,  # Ctrl-C in a terminal reaches the parent only
             )
         self._finalizer = weakref.finalize(self, end, self._process)  # also at interpreter exit
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
+        assert self._process.stdin and self._process.stdout and self._process.stderr  # noqa: PT018
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)

@@ -138,6 +138,8 @@ def graded(
     given = as_number(answer)
     if given is None or math.isnan(given):
         return wrong(f"Give one number{f' [{unit}]' if unit else ''}, not {_shown(answer)}.")
+    if unit == "fraction" and isinstance(answer, str) and "%" in answer:
+        given /= 100
     truths = [float(t) for t in truth] if isinstance(truth, Iterable) else [float(truth)]
     if any(close(given, t, rel) for t in truths):
         return right(why)
@@ -165,9 +167,9 @@ def as_counts(answer: object, names: Iterable[str]) -> dict[str, float] | None:
 
 
 def as_names(answer: object) -> set[str] | None:
-    """Return the names a reader listed: one text with commas or spaces, or a list or set of texts; None otherwise."""
+    """Return the names a reader listed: one text with commas, spaces or "and", or a list or set of texts; None otherwise."""
     if isinstance(answer, str):
-        return set(answer.replace(",", " ").split())
+        return set(answer.replace(",", " ").split()) - {"and"}
     if isinstance(answer, Iterable):
         names = list(answer)
         return set(names) if all(isinstance(n, str) for n in names) else None

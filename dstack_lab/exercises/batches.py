@@ -29,12 +29,21 @@ from dstack_lab.services import Allocation, Plan, Service, ServiceTable
 #: An operating point whose score is this close to the best is as good: no scheduler tells them apart.
 TIE = 0.01
 
-BROKEN = {
-    "SLO: wait": "a request that just misses a launch waits for it and then for its "
-    "own, so twice the service time must fit the SLO",
-    "SLO: fill": "the first request of a batch waits for the last: (batch - 1) / rate + service time must fit the SLO",
-    "rate": "one launch after another serves fewer requests/s than arrive",
-}
+
+def broken_words(held: str, ms: float, batch: int, service: Service) -> str:
+    """Say in numbers how a point of service time `ms` breaks the constraint `held`."""
+    slo_ms, rate_rps = service.slo_ms, service.rate_rps
+    if held == "SLO: wait":
+        return (
+            "a request that just misses a launch waits for it and then for its own: "
+            f"twice the service time is {2 * ms:.1f} ms, more than the SLO of {slo_ms:g} ms"
+        )
+    if held == "SLO: fill":
+        return (
+            f"the first request of a batch waits for the last, (batch - 1) / rate = {1000 * (batch - 1) / rate_rps:.1f} ms: "
+            f"with the service time that is more than the SLO of {slo_ms:g} ms"
+        )
+    return f"one launch after another serves {1000 * batch / ms:.1f} requests/s, fewer than the {rate_rps:g} that arrive"
 
 
 def check_largest_batch(answer: object, profile: Profile, model: str, slo_ms: float, gpu_pct: float = 100.0) -> Verdict:
@@ -109,7 +118,11 @@ def check_operating_point(answer: object, service: Service, profile: Profile, ob
     ms = table.at(int(batch), share)
     held = broken_most(ms, int(batch), service.slo_ms, service.rate_rps)
     if held != "none":
-        return wrong(f"Batch {int(batch)} at {share:g} GPU% takes {ms:.1f} ms, and {BROKEN[held]}.")
+        said = f"Batch {int(batch)} at {share:g} GPU% takes {ms:.1f} ms, and {broken_words(held, ms, int(batch), service)}."
+        turned = is_whole(share) and share <= table.batch_max and table.at(int(share), batch)
+        if turned and broken_most(turned, int(share), service.slo_ms, service.rate_rps) == "none":
+            said += " The batch is the first number, the share the second: perhaps they are swapped."
+        return wrong(said)
     score = score_of(ms, int(batch), share, objective)
     if score >= (1 - TIE) * best:
         return right(f"No feasible point has a better {objective}: batch {int(batch)} at {share:g} GPU%, {ms:.1f} ms.")
@@ -134,7 +147,10 @@ def check_infeasible(answer: object, cases: Mapping[str, Sequence[Service]], pro
     if unanswered(answer):
         return wrong(UNANSWERED)
     given = as_names(answer)
-    if given is None or not given <= set(cases):
+    if given is not None and not given <= set(cases):  # b is B, where no case is called b
+        upper = {name.upper() for name in given}
+        given = upper if upper <= set(cases) else None
+    if given is None:
         return wrong(f"Name the cases that cannot be served: some of {', '.join(cases)}.")
     for name in sorted(truth - given):
         if verdicts[name] == "SLO":
@@ -188,6 +204,8 @@ def check_bound(answer: object, services: Sequence[Service], profile: Profile) -
             "That holds for one batch at a time on the whole GPU. A smaller share costs less GPU%·ms per request.",
         ),
         Mistake(max(100_000 / a for a in areas), "That many of the cheapest requests would fit, but fewer of them arrive."),
+        Mistake(100 * asked, "That is the GPU% that all requests together ask for. How many of them fit into 100 GPU%?"),
+        *(Mistake(r, f"That is the part of {name} alone. The bound counts all services.") for name, r in limit.rates_rps.items()),
     ]
     hint = "Serve the services in the order of their GPU%·ms per request, cheapest first, until 100 GPU% x 1000 ms are spent."
     why = "Each request costs at least its smallest area, and a second has 100 GPU% x 1000 ms to spend: no schedule beats this."

@@ -58,7 +58,8 @@ def check_knee(
             float(curve.predict(batch, good[0])), "That is the service time [ms] at the knee. The knee itself is a share [GPU%]."
         )
     )
-    hint = f"Plot the service time at batch {batch} against GPU% and apply the rule '{rule}' word by word."
+    asked = (knees.RULES[rule].__doc__ or "").splitlines()[0]
+    hint = f"Plot the service time at batch {batch} against GPU%. The rule '{rule}': {asked[0].lower()}{asked[1:]}"
     return graded(answer, good, "GPU%", why, mistakes, hint)
 
 
@@ -188,6 +189,8 @@ def check_wave_knee(answer: object, blocks: int, gpu: GpuSpec, resident: int = 1
     whole, mine = waves(100.0), waves(given)
     # brute force over shares a tenth of a percent apart
     least = min(share for share in np.arange(1.0, 100.05, 0.1) if waves(min(float(share), 100.0)) == whole)
+    if mine > whole and given in (math.ceil(blocks / (whole * resident)), int(gpu.sms_at(min(float(least) + 0.05, 100.0)))):
+        return wrong(f"{given:g} SMs may be enough, but the question asks for a share: GPU% of {gpu.sms} SMs.")
     if mine > whole:
         return wrong(f"At {given:g} GPU% the kernel takes {mine} waves, on the whole GPU fewer. Give it more SMs.")
     if int(gpu.sms_at(given)) > int(gpu.sms_at(min(float(least) + 0.05, 100.0))):
@@ -196,7 +199,8 @@ def check_wave_knee(answer: object, blocks: int, gpu: GpuSpec, resident: int = 1
         given,
         given,
         "GPU%",
-        f"{int(gpu.sms_at(given))} SMs are the fewest that need {whole} wave{'s' * (whole > 1)}: the kernel's knee.",
+        f"{int(gpu.sms_at(given))} SMs are the fewest that need {whole} wave{'s' * (whole > 1)}: the kernel's knee"
+        + (f" (SMs are granted {gpu.sm_step} at a time)." if gpu.sm_step > 1 else "."),
     )
 
 

@@ -40,6 +40,8 @@ def check_load(answer: object, rate_rps: float, service_ms: float, batch: int = 
         Mistake(1 / truth, "Upside down: busy time over all time."),
         Mistake(rate_rps * service_ms / batch, "Mind the units: the rate is per second, the service time in ms."),
         Mistake(1 - truth, "That is the part of the time in which nothing runs."),
+        Mistake(rate_rps / batch, "That is launches per second. How much of a second does each of them take?"),
+        Mistake(rate_rps * service_ms * batch / 1000, "A batch is one launch: the requests of a batch share its service time."),
     ]
     why = f"{rate_rps / batch:g} launches/s x {service_ms:g} ms keep it busy for that part of every second."
     return graded(answer, truth, "fraction", why, mistakes, "Utilization is launches per second x seconds per launch.")
@@ -72,6 +74,10 @@ def check_wait(answer: object, rate_rps: float, service_ms: float, cv: float = 0
             load * service_ms,
             "That is utilization x service time. It grows without limit as utilization nears 1: which factor does that?",
         ),
+        Mistake(memoryless + service_ms, f"That is the whole latency in M/M/1. Leave out the service itself; and here {law}."),
+        Mistake(2 * truth, "Twice too long: of a service in progress, only half is left on average."),
+        Mistake(load, "That is the utilization. How does the mean wait grow with it?"),
+        Mistake(service_ms / 2, "That is what is left of a service in progress. How many requests are ahead, on average?"),
     ]
     why = "The mean wait grows with utilization / (1 - utilization), times half a service time, times (1 + cv²)."
     return graded(
@@ -102,6 +108,7 @@ def check_rate_for_wait(answer: object, service_ms: float, wait_ms: float, cv: f
             "That spaces requests evenly. Poisson arrivals come in clumps: solve the formula of the wait for the rate.",
         ),
         Mistake(load, "That is the utilization. Turn it into a rate."),
+        Mistake(100 * load, "That is the utilization in percent. Turn it into a rate."),
         Mistake(
             memoryless,
             "That is right for exponential service times; here they scatter less." if cv < 1 else "That is for cv = 1.",

@@ -10,7 +10,7 @@ from dstack_lab.bounds import service_tables
 from dstack_lab.constraints import broken_most
 from dstack_lab.contention import Contention, Load
 from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_counts, graded, right, unanswered, wrong
-from dstack_lab.exercises.batches import BROKEN, one
+from dstack_lab.exercises.batches import broken_words, one
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Service
 
@@ -46,10 +46,12 @@ def check_slices(answer: object, services: Sequence[Service], profile: Profile) 
         if "none" in held:
             continue
         if 2 * table.at(1, share) > service.slo_ms:
-            return wrong(f"{service.name} is too slow at {share:g} GPU% even with a batch of 1: {BROKEN['SLO: wait']}.")
+            reason = broken_words("SLO: wait", table.at(1, share), 1, service)
+            return wrong(f"{service.name} is too slow at {share:g} GPU% even with a batch of 1: {reason}.")
+        fits = [1000 * b / ms for b in range(1, table.batch_max + 1) if 2 * (ms := table.at(b, share)) <= service.slo_ms]
         return wrong(
             f"{service.name} does not keep up with {service.rate_rps:g} requests/s at {share:g} GPU%: "
-            "batches small enough for the SLO serve too few. Give it more."
+            f"batches small enough for the SLO serve at most {max(fits):.0f}. Give it more."
         )
     return right(f"Side by side they take {total:g} GPU%, and each keeps its SLO and its rate whatever the others do.")
 
@@ -79,18 +81,31 @@ def check_beside(
     model = Contention() if contention is None else contention
     alone = loads[0].service_ms
     truth = alone * model.stretch(loads)[0]
+    points = [_point(profile, load, launch) for load, launch in zip(loads, (mine, *others), strict=True)]
+    by_points = points[0].service_ms * model.stretch(points)[0]
     total = sum(load.knee_pct for load in loads)
     fits = total <= 100
     free = Contention(slowdown=0.0, exponent=model.exponent, sharing=model.sharing)
+    apart = alone * free.stretch(loads)[0]
     proportional = Contention(model.slowdown, model.exponent, "proportional")
     mistakes = [
         Mistake(alone, "That is its time alone. What do the others cost it, even on disjoint shares?"),
-        Mistake(
-            alone * free.stretch(loads)[0], "That leaves out the slowdown that every neighbour costs through the shared memory."
-        ),
+        Mistake(apart, "That leaves out the slowdown that every neighbour costs through the shared memory."),
         Mistake(truth / alone, "That is the slowdown, a factor. The question asks for the time."),
         Mistake(alone * len(loads), "That would be equal turns. Their launches are not equally long."),
+        Mistake(truth / alone - 1, "That is what is added, as a fraction. How long does the launch take with it?"),
+        Mistake(truth - alone, "That is only what is added. The launch itself takes its time too."),
     ]
+    if len(loads) == 2:
+        other = loads[1].service_ms
+        flipped = 1 + model.slowdown * (alone / other) ** model.exponent
+        mistakes += [
+            Mistake(apart * flipped, "The ratio is upside down: the neighbour's service time over its own."),
+            Mistake(apart * (1 + model.slowdown), "That leaves the ratio of the two service times out of the slowdown."),
+            Mistake(other, "That is the neighbour's time alone."),
+            Mistake(other * model.stretch(loads)[1], "That is how long the neighbour takes, not this launch."),
+            Mistake(alone + other, "That is both in a row, as if nothing fitted side by side and shared memory cost nothing."),
+        ]
     if not fits:
         mistakes.append(
             Mistake(
@@ -99,15 +114,31 @@ def check_beside(
                 "it waits for the work of the others that does not fit.",
             )
         )
+        beside = 1 + sum(model.slowdown * (load.service_ms / alone) ** model.exponent for load in loads[1:])
+        mistakes.append(
+            Mistake(
+                alone * beside,
+                "That is the slowdown through the shared memory alone. What of the others' work does not fit must be waited for.",
+            )
+        )
     why = (
         f"They fit side by side ({total:.0f} GPU% in use), so only the shared memory slows it down."
         if fits
         else f"Together they can use {total:.0f} GPU%: what does not fit waits its turn, and small kernels wait for large ones."
     )
     hint = "First add up the GPU% that each can use (its knee, at most its share). Does the sum fit into 100?"
-    return graded(answer, truth, "ms", why, mistakes, hint)
+    # closer than elsewhere: the ratio of the service times changes the answer by half a percent
+    return graded(answer, (truth, by_points), "ms", why, mistakes, hint, rel=0.001)
 
 
 def _load(profile: Profile, model: str, batch: int, gpu_pct: float) -> Load:
     (table,) = service_tables([one(model, 1.0)], profile)
     return Load(table, batch, gpu_pct, table.at(batch, gpu_pct), float(np.minimum(table.knee_pct(batch), gpu_pct)))
+
+
+def _point(profile: Profile, load: Load, launch: tuple[str, int, float]) -> Load:
+    """Give a load the time of the profile's own point, where it has one; a reader may take it from there."""
+    model, batch, gpu_pct = launch
+    rows = profile.of(model)
+    rows = rows[(rows["batch"] == batch) & (rows["gpu_pct"] == gpu_pct)]
+    return load._replace(service_ms=float(rows["service_ms"].iloc[0])) if len(rows) else load

@@ -1,20 +1,21 @@
 """Figures: data -> plotly Figure, with units on every axis and the provenance in every subtitle.
 
-``static_*`` write the same pictures as PNG or SVG, byte for byte the same on every run.
+`save` writes any of them as PNG or SVG, byte for byte the same on every run.
 """
 
-from dstack_lab.figures.anatomies import anatomy, static_anatomy
-from dstack_lab.figures.choices import choices, choose, static_choices
-from dstack_lab.figures.curves import batches, knee
+from dstack_lab.figures.anatomies import anatomy
+from dstack_lab.figures.choices import choices, choose
+from dstack_lab.figures.costs import batches
+from dstack_lab.figures.curves import knee
 from dstack_lab.figures.latencies import latency
+from dstack_lab.figures.paper import save
 from dstack_lab.figures.periods import period
 from dstack_lab.figures.placements import placement
 from dstack_lab.figures.plans import plan
-from dstack_lab.figures.progress import PANES, Progress, progress, static_progress
+from dstack_lab.figures.progress import PANES, Progress, progress, replay
 from dstack_lab.figures.queues import waits
 from dstack_lab.figures.races import comparison
 from dstack_lab.figures.space import place, raster
-from dstack_lab.figures.static import static_comparison, static_knee, static_timeline
 from dstack_lab.figures.style import COLORS, CONFIG, cues, quiet_mode_bar
 from dstack_lab.figures.sweeps import gains, loads
 from dstack_lab.figures.timelines import EXACT, timeline
@@ -41,12 +42,8 @@ __all__ = [
     "plan",
     "progress",
     "raster",
-    "static_anatomy",
-    "static_choices",
-    "static_comparison",
-    "static_knee",
-    "static_progress",
-    "static_timeline",
+    "replay",
+    "save",
     "timeline",
     "waits",
 ]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from dstack_lab.checks import count, percent
 from dstack_lab.figures import style
-from dstack_lab.figures.sheets import Target, sheet, written
 from dstack_lab.kernel_model import KernelModel
 
-#: What a kernel waits for -> words, colour, hatch (plotly, matplotlib).
+#: What a kernel waits for -> words, colour, hatch.
 BOUNDS = {
-    "compute": ("arithmetic, in waves of blocks", "#0072B2", "", ""),
-    "memory": ("memory bandwidth", "#E69F00", "/", "///"),
-    "launch": ("launch", "#CC79A7", "x", "xxx"),
+    "compute": ("arithmetic, in waves of blocks", "#0072B2", ""),
+    "memory": ("memory bandwidth", "#E69F00", "/"),
+    "launch": ("launch", "#CC79A7", "x"),
 }
 _TIME, _KNEE = "Time [ms]", "Knee [GPU%]"
 
@@ -71,7 +68,7 @@ def anatomy(
         "<b>%{customdata[0]}</b>, kernel %{x}: %{y:.3~g} ms<br>%{customdata[1]} blocks; arithmetic %{customdata[2]:.3~g}, "
         "memory %{customdata[3]:.3~g}, launch %{customdata[4]:.3~g} ms<br>knee %{customdata[5]:.0f} GPU%<extra></extra>"
     )
-    for kind, (words, color, hatch, _) in BOUNDS.items():
+    for kind, (words, color, hatch) in BOUNDS.items():
         mine = (table["bound"] == kind).to_numpy()
         made.add_trace(
             go.Bar(
@@ -120,40 +117,3 @@ def _titles(model: KernelModel, table: pd.DataFrame, batch: int, gpu_pct: float)
     title = f"{model.kernels.name}, batch {batch} at {gpu_pct:g} GPU%: {len(table)} kernels, {ms:.3g} ms"
     kind = "kernels measured" if model.kernels.measured else "simulated"
     return title, f"{kind}, {model.gpu.name}-like, {model.gpu.sms} SMs, kernel model, launched as a graph"
-
-
-def static_anatomy(model: KernelModel, path: Target, batch: int = 1, gpu_pct: float = 100) -> Path:
-    """Write `anatomy` as a PNG or SVG; parameters and errors as for `anatomy` and `static_knee`."""
-    table = model.breakdown(count("batch", batch), percent("gpu_pct", gpu_pct))
-    title, origin = _titles(model, table, batch, gpu_pct)
-    number = np.arange(1, len(table) + 1)
-    with sheet(path, title, origin, 1, 4.8) as (page, top):
-        top.set_visible(False)
-        top, low = page.subplots(2, 1, sharex=True, height_ratios=[0.58, 0.42])
-        for kind, (words, color, _, hatch) in BOUNDS.items():
-            mine = (table["bound"] == kind).to_numpy()
-            look = {"color": color, "edgecolor": style.GREY, "linewidth": 0.4, "hatch": hatch or None}
-            top.bar(number[mine], table["service_ms"].to_numpy()[mine], 0.9, label=words, **look)
-        knees = table["knee_pct"].to_numpy(dtype=float)
-        above = knees > gpu_pct
-        for name, mine, symbol, place in (("could use more", above, "^", 3), ("has enough", ~above, "o", 2)):
-            low.plot(number[mine], knees[mine], symbol, color=style.COLORS[place], markersize=4, label=name)
-        low.axhline(gpu_pct, color=style.GREY, linestyle=":")
-        low.set_xlim(0.4, len(table) + 0.6)
-        low.set_ylim(0, 106)
-        low.set_xlabel("Kernel, in order of launch")
-        top.set_ylabel(_TIME)
-        low.set_ylabel(_KNEE)
-        top.grid(axis="y")
-        low.grid(axis="y")
-        keys = [x.get_legend_handles_labels() for x in (top, low)]
-        top.legend(
-            keys[0][0] + keys[1][0],
-            keys[0][1] + keys[1][1],
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=5,
-            fontsize=8.5,
-            borderaxespad=0.2,
-        )
-    return written(path)

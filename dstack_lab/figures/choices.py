@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from dstack_lab.bounds import service_tables
 from dstack_lab.constraints import CONSTRAINTS, fits, points, score_of, verdicts
 from dstack_lab.figures import style
-from dstack_lab.figures.sheets import Target, sheet, written
 from dstack_lab.optimizer import optimize
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
@@ -62,6 +60,15 @@ class Choices:
 
 def choose(profile: Profile, service: Service, objective: str, at_pct: float) -> Choices:
     """Find the best points of a service.
+
+    Parameters
+    ----------
+    profile : Profile
+    service : Service
+    objective : str
+        What the best point is chosen for, as in `optimize`.
+    at_pct : float
+        A share to look at beside it [GPU%].
 
     Raises
     ------
@@ -124,6 +131,7 @@ def choices(profile: Profile, found: Choices, *, width: int = style.WIDTH) -> go
                 zmax=high,
                 colorscale=colorscale,
                 showscale=False,
+                showlegend=False,
                 customdata=found.table.ms.astype(np.float32),
                 hoverongaps=False,
                 hovertemplate=f"{hover}{words}<extra></extra>",
@@ -139,6 +147,7 @@ def choices(profile: Profile, found: Choices, *, width: int = style.WIDTH) -> go
             y=[best.batch if best else None],
             mode="markers",
             name="best",
+            showlegend=False,
             marker=star,
             cliponaxis=False,
             hovertemplate="best: batch %{y} at %{x} GPU%<extra></extra>",
@@ -167,7 +176,6 @@ def _add_share(made: go.Figure, found: Choices) -> None:
                 y=times,
                 mode="lines",
                 name=name,
-                showlegend=True,
                 line={"color": color, "dash": dash, "width": 2.5},
                 hovertemplate=f"{name}<br>batch %{{x}}: %{{y:.4~g}} ms<extra></extra>",
             ),
@@ -180,7 +188,6 @@ def _add_share(made: go.Figure, found: Choices) -> None:
             y=np.where(good, 0.02 * top, np.nan),
             mode="markers",
             name="allowed",
-            showlegend=True,
             marker={"symbol": "square", "size": 6, "color": _FEASIBLE},
             hovertemplate="batch %{x} is allowed<extra></extra>",
         ),
@@ -194,7 +201,6 @@ def _add_share(made: go.Figure, found: Choices) -> None:
             y=[max(float(t[here.batch - 1]) for t in lines.values()) if here else None],
             mode="markers",
             name="best at this share",
-            showlegend=True,
             marker={"symbol": "star", "size": 14, "color": "white", "line": {"color": "black", "width": 1.5}},
             hovertemplate="best here: batch %{x}<extra></extra>",
         ),
@@ -204,7 +210,10 @@ def _add_share(made: go.Figure, found: Choices) -> None:
     slo = found.service.slo_ms
     made.add_hline(slo, row=1, col=2, line={"color": style.GREY, "dash": "dot", "width": 2})
     made.add_annotation(style.note(f"SLO {slo:g} ms", 1, slo, xref="x2 domain", yref="y2", xanchor="right", yanchor="bottom"))
-    made.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "font": {"size": 11}})
+    made.update_layout(
+        showlegend=True,
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "font": {"size": 11}},
+    )
     made.update_layout(margin_t=made.layout.margin.t + 34)
 
 
@@ -229,7 +238,7 @@ def _regions(wrong: NDArray[np.int64]) -> list[tuple[str, float, float]]:
         b, g = np.nonzero(wrong == kind)
         if len(b) > 0.04 * wrong.size:
             middle = np.argmin(((b - np.median(b)) / wrong.shape[0]) ** 2 + ((g - np.median(g)) / wrong.shape[1]) ** 2)
-            found.append((words, float(np.clip(g[middle] + 1, 28, 72)), float(b[middle] + 1)))
+            found.append((words, float(np.clip(g[middle] + 1, 31, 69)), float(b[middle] + 1)))
     return found
 
 
@@ -241,40 +250,3 @@ def _share(found: Choices) -> tuple[dict[str, Array], NDArray[np.bool_], float]:
     good = fits(ms, batch, service.slo_ms, service.rate_rps)[:, 0]
     lines = {"behind the batch before": 2 * ms[:, 0], "while its batch fills": fill}
     return lines, good, 2.2 * service.slo_ms
-
-
-def static_choices(profile: Profile, found: Choices, path: Target) -> Path:
-    """Write `choices` as a PNG or SVG; parameters and errors as for `choices` and `static_knee`."""
-    from matplotlib.colors import ListedColormap, to_rgba
-
-    wrong, score = _map(found)
-    batches = np.arange(1, found.table.batch_max + 1)
-    with sheet(path, _title(found), str(profile.provenance), 2, 4.4) as (_, (left, right)):
-        span = {"extent": (0.5, 100.5, 0.5, batches[-1] + 0.5), "origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-        colors = [to_rgba(color, 0.45) for _, color in WRONG.values()]
-        left.imshow(np.where(wrong >= 0, wrong, np.nan), vmin=0, vmax=2, cmap=ListedColormap(colors), **span)
-        green = ListedColormap([to_rgba(_FEASIBLE, a) for a in np.linspace(0.15, 0.95, 64)])
-        left.imshow(score, vmin=0, vmax=1, cmap=green, **span)
-        left.axvline(found.at_pct, color=style.GREY, linestyle=":", linewidth=1.5)
-        star = {"color": "white", "markeredgecolor": "black", "markersize": 13}
-        if found.best is not None:
-            left.plot(found.best.gpu_pct, found.best.batch, "*", **star)
-        for text, x, y in _regions(wrong):
-            left.text(x, y, text, ha="center", fontsize=8.5, color="#333", bbox={"facecolor": "#ffffffd0", "edgecolor": "none"})
-        left.set_xlabel("Share [GPU%]")
-        left.set_ylabel("Batch [requests]")
-        lines, good, top = _share(found)
-        for (name, times), dash, color in zip(lines.items(), ("-", "--"), (style.COLORS[3], style.COLORS[5]), strict=True):
-            right.plot(batches, times, dash, color=color, linewidth=2, label=name)
-        right.plot(batches[good], np.full(int(good.sum()), 0.02 * top), "s", color=_FEASIBLE, markersize=4, label="allowed")
-        if found.best_here is not None:
-            at = found.best_here.batch
-            right.plot(at, max(t[at - 1] for t in lines.values()), "*", label="best at this share", **star)
-        right.axhline(found.service.slo_ms, color=style.GREY, linestyle=":")
-        right.text(batches[-1], found.service.slo_ms, f"SLO {found.service.slo_ms:g} ms", ha="right", va="bottom", fontsize=9)
-        right.set_ylim(0, top)
-        right.set_xlabel(f"Batch at {found.at_pct:g} GPU% [requests]")
-        right.set_ylabel("Longest time to the answer [ms]")
-        right.grid()
-        right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, borderaxespad=0.2)
-    return written(path)

@@ -1,16 +1,15 @@
-"""Service times: against GPU% with the knee, and against the batch."""
+"""Service times against GPU%, and the knee."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import count, percent, positive, require
+from dstack_lab.checks import count, percent, require
 from dstack_lab.figures import style
 from dstack_lab.gpu_model import GpuModel, fit
 from dstack_lab.knees import Knee
@@ -56,6 +55,12 @@ class Curve:
         return f"{self.model}: {self.knee}"
 
 
+@lru_cache(maxsize=64)
+def curve_of(profile: Profile, model: str, batch: int, rule: str, slo_ms: float | None) -> Curve:
+    """Curve and knee, once per setting: a slider over the share asks for the same again and again."""
+    return Curve(profile, model, batch, rule, slo_ms)
+
+
 def curves(
     profile: Profile, models: Iterable[str] | str | None, batch: int | None, rule: str, slo_ms: float | None
 ) -> tuple[list[Curve], str, int, bool]:
@@ -65,7 +70,7 @@ def curves(
     measured = [set(profile.of(name)["batch"]) for name in names]
     if batch is None:
         batch = int(min(set.intersection(*measured) or set.union(*measured)))
-    drawn = [Curve(profile, name, count("batch", batch), rule, slo_ms) for name in names]
+    drawn = [curve_of(profile, name, count("batch", batch), rule, slo_ms) for name in names]
     low, high = min(c.service_ms.min() for c in drawn), max(c.service_ms.max() for c in drawn)
     title = f"Service time and knee at batch {batch} (rule: {rule})"
     return drawn, title, batch, bool(high > 12 * low)
@@ -204,112 +209,3 @@ def _inside(ends: list[float], gap: float, low: float) -> list[float]:
     moved = style.spread(ends, gap)
     lift = max(0.0, low + 0.6 * gap - min(moved))
     return [m + lift for m in moved]
-
-
-def batches(
-    profile: Profile,
-    model: str,
-    slo_ms: float | None = None,
-    shares: Iterable[float] | None = None,
-    *,
-    width: int = style.WIDTH,
-) -> go.Figure:
-    """Draw what a batch buys and costs: latency and throughput against the batch, at several shares.
-
-    Parameters
-    ----------
-    profile : Profile
-    model : str
-    slo_ms : float, optional
-        Latency objective [ms]: drawn with its half, since a request that just misses a launch waits
-        for it and then for its own. Points beyond the SLO are hollow.
-    shares : iterable of float, optional
-        GPU% to draw, at most 5; by default about 4 of the profile's, spread evenly in logs.
-    width : int
-        Width of the figure [px].
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
-        Curves are fitted, symbols are the profile's points. Throughput is that of one launch after
-        another, ``1000 batch / service_ms``.
-
-    Raises
-    ------
-    ValueError
-        If the profile lacks `model`, a share is not in 1 to 100, or `slo_ms` is not above 0.
-    """
-    rows = profile.of(model)
-    fitted = fitted_model(profile, model)
-    limit = None if slo_ms is None else positive("slo_ms", slo_ms)
-    chosen = _some(np.unique(rows["gpu_pct"])) if shares is None else sorted({percent("shares", g) for g in shares})
-    require(1 <= len(chosen) <= len(style.DASHES), "shares", chosen, f"1 to {len(style.DASHES)} of them")
-    grid = np.geomspace(1, float(rows["batch"].max()), 40) if rows["batch"].max() > 1 else np.array([1.0])
-    title = f"{model}: what a batch costs and buys"
-    made = style.figure(title, str(profile.provenance), width=width, height=420, right=80)
-    made.set_subplots(rows=1, cols=2, horizontal_spacing=0.19)
-    ticks = sorted({int(b) for b in rows["batch"]})
-    ticks = [b for b in ticks if b & (b - 1) == 0] or ticks[:8]
-    made.update_xaxes(style.axis("Batch [requests]", type="log", tickvals=ticks))
-    made.update_yaxes(style.axis("Throughput [requests/s]", rangemode="tozero"), col=2)
-    rates, latest, fastest = [], [], float(rows["service_ms"].min())
-    for share, cue in zip(chosen, style.cues(map(str, chosen)).values(), strict=True):
-        ms = np.asarray(fitted.predict(grid, share))
-        points = rows[rows["gpu_pct"] == share]
-        b, at = points["batch"].to_numpy(), points["service_ms"].to_numpy()
-        rates.append(1000 * grid[-1] / ms[-1])
-        latest.append(float(ms[-1]))
-        fastest = min(fastest, float(ms[0]))
-        for column, line, dots in ((1, ms, at), (2, 1000 * grid / ms, 1000 * b / at)):
-            made.add_traces(_pair(grid, line, b, dots, at, share, cue, limit, column), rows=1, cols=column)
-    slowest = max(*latest, float(rows["service_ms"].max() if shares is None else 0), limit or 0)
-    made.update_yaxes(style.log_axis("Service time [ms]", 0.8 * min(fastest, (limit or fastest) / 2), 1.3 * slowest), col=1)
-    _label_ends(made, chosen, latest, rates)
-    if limit is not None:
-        for at_ms, words, dash in ((limit, "SLO", "dash"), (limit / 2, "half", "dot")):
-            made.add_hline(at_ms, row=1, col=1, line={"color": style.GREY, "dash": dash, "width": 1.5})
-            made.add_annotation(
-                style.note(
-                    f"{words} {at_ms:g} ms", 0.01, float(np.log10(at_ms)), xref="x domain", xanchor="left", yanchor="bottom"
-                )
-            )
-    return made
-
-
-def _pair(
-    grid: np.ndarray,
-    line: np.ndarray,
-    b: np.ndarray,
-    dots: np.ndarray,
-    ms: np.ndarray,
-    share: float,
-    cue: style.Cue,
-    limit: float | None,
-    column: int,
-) -> list[Any]:
-    """Fitted line and the profile's points of one share."""
-    unit = "ms" if column == 1 else "requests/s"
-    hover = f"<b>{share:g} GPU%</b>, batch %{{x:.3~g}}: %{{y:.4~g}} {unit}<extra></extra>"
-    late = np.zeros(len(ms), dtype=bool) if limit is None else ms > limit
-    symbols = [f"{cue.symbol}-open" if x else cue.symbol for x in late]
-    pen = {"color": cue.color, "dash": cue.dash, "width": 2}
-    drawn = [go.Scatter(x=grid, y=line, mode="lines", name=f"{share:g} GPU%, fitted", line=pen, hovertemplate=hover)]
-    if len(b):
-        marker = {"color": cue.color, "symbol": symbols, "size": 8}
-        drawn.append(go.Scatter(x=b, y=dots, mode="markers", name=f"{share:g} GPU%, profile", marker=marker, hovertemplate=hover))
-    return drawn
-
-
-def _label_ends(made: go.Figure, shares: list[float], latest: list[float], rates: list[float]) -> None:
-    """Write each share at the end of its curves, labels apart."""
-    # plotly places annotations on a logarithmic axis by the logarithm
-    for x, y, ends, span in (("x", "y", np.log10(latest).tolist(), 2.0), ("x2", "y2", rates, max(rates))):
-        for share, cue, end in zip(shares, style.cues(map(str, shares)).values(), style.spread(ends, span / 18), strict=True):
-            words = style.label(cue, f"{share:g} %")
-            made.add_annotation(style.note(words, 1, end, xref=f"{x} domain", yref=y, xanchor="left", xshift=4))
-
-
-def _some(shares: np.ndarray, most: int = 4) -> list[float]:
-    """About `most` of the shares, evenly in logs, with both ends."""
-    wanted = np.geomspace(shares[0], shares[-1], most)
-    return sorted({float(shares[np.argmin(np.abs(np.log(shares / w)))]) for w in wanted})

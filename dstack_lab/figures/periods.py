@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from dstack_lab.figures import style
 from dstack_lab.figures.space import place
 from dstack_lab.policies import PeriodPlan
 from dstack_lab.provenance import Provenance
+
+Array = NDArray[np.float64]
 
 
 def period(
@@ -54,10 +58,10 @@ def period(
                 x=(part["end_ms"] - part["start_ms"]).to_numpy(),
                 y=(low + high) / 2,
                 width=high - low,
-                text=[f"{style.plain(name)}, batch {batch}" for batch in part["batch"]],
+                text=_words(made, plan, name, part, high - low),
                 textposition="inside",
                 insidetextanchor="middle",
-                marker={"color": cue.color, "line": {"width": 1, "color": style.GREY}},
+                marker=cue.bar,
                 customdata=part[["end_ms", "gpu_pct", "batch"]].to_numpy(dtype=float),
                 hovertemplate=(
                     f"<b>{style.plain(name)}</b>, batch %{{customdata[2]}} at %{{customdata[1]:.4~g}} GPU%<br>"
@@ -66,6 +70,15 @@ def period(
             )
         )
     return made
+
+
+def _words(made: go.Figure, plan: PeriodPlan, name: str, part: pd.DataFrame, tall_pct: Array) -> list[str]:
+    """Name and batch of each window, or the name alone where that is all that fits."""
+    layout = made.layout
+    wide = (layout.width - layout.margin.l - layout.margin.r) / plan.period_ms * (part["end_ms"] - part["start_ms"]).to_numpy()
+    tall = (layout.height - layout.margin.t - layout.margin.b) / 100 * tall_pct
+    several = zip(part["batch"], wide, tall, strict=True)
+    return [style.plain(whole if style.fitting(whole := f"{name}, batch {b}", w, t) else name) for b, w, t in several]
 
 
 def _turned(plan: PeriodPlan) -> pd.DataFrame:

@@ -49,7 +49,7 @@ def placement(placed: Placement, *, width: int = style.WIDTH) -> go.Figure:
                 text=[style.plain(name) + several] * len(mine),
                 textposition="inside",
                 insidetextanchor="middle",
-                marker={"color": cue.color, "line": {"width": 1, "color": style.GREY}},
+                marker=cue.bar,
                 customdata=[[replica.part, replica.rate_rps] for replica in mine.values()],
                 hovertemplate=(
                     f"<b>{style.plain(name)}</b>: %{{x:.1f}} GPU%<br>%{{customdata[0]:.0%}} of its requests, "

@@ -39,10 +39,11 @@ def plan(plan: Plan, *, width: int = style.WIDTH) -> go.Figure:
     made.update_xaxes(style.axis("Share [GPU%], ❘ knee", range=[0, 105], dtick=20), col=1)
     made.update_xaxes(style.axis("Batch [requests]", range=[0, 2 * rows["batch"].max()]), col=2)
     made.update_xaxes(style.axis("Demand [GPU%]", range=[0, 1.12 * max(100.0, float(ends[-1]))]), col=3)
-    colors = [cue.color for cue in style.cues(rows["service"]).values()]
+    looks = list(style.cues(rows["service"]).values())
     text = {"outsidetextfont_color": style.GREY, "insidetextanchor": "start", "cliponaxis": False}
     base = {"orientation": "h", "y": y, "width": 0.6, **text}
-    pen = {"color": colors, "line": {"width": 1, "color": style.GREY}}
+    pattern = {"shape": [cue.hatch for cue in looks], **style.HATCHING}
+    pen = {"color": [cue.color for cue in looks], "line": {"width": 1, "color": style.GREY}, "pattern": pattern}
     times = [f"{b} in {ms:.4g} ms" for b, ms in zip(rows["batch"], rows["service_ms"], strict=True)]
     bars = (
         ("Share", rows["gpu_pct"].to_numpy(), None, [f"{g:g}" for g in rows["gpu_pct"]], "auto"),

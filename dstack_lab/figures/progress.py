@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from dstack_lab.checks import count
 from dstack_lab.figures import style
-from dstack_lab.figures.sheets import Target, sheet, written
+from dstack_lab.figures.space import raster
+from dstack_lab.traces import Trace
 
 PANES = {"in_time_rps": "In time [requests/s]", "latency_ms": "Median latency [ms]", "held_pct": "Share held [GPU%]"}
 
@@ -39,8 +40,51 @@ class Progress:
     length_s: float
 
 
+def replay(trace: Trace, slices: int = 20) -> Progress:
+    """Cut a whole run into equal slices of time, as a live run shows itself.
+
+    Parameters
+    ----------
+    trace : Trace
+    slices : int
+        Number of slices.
+
+    Returns
+    -------
+    Progress
+        Requests count in the slice in which their launch ended, launches with their share over all of that slice's
+        time.
+
+    Raises
+    ------
+    ValueError
+        If `slices` is below 1.
+    """
+    names = tuple(map(str, trace.services["service"]))
+    last = float(trace.launches["end_ms"].max()) if len(trace.launches) else 0.0
+    edges = np.linspace(0.0, max(float(trace.duration_ms), last), count("slices", slices) + 1)
+    step_s = (edges[1] - edges[0]) / 1000
+    values = {key: np.full((len(names), slices), np.nan) for key in PANES}
+    values["held_pct"] = raster(trace, edges[0], edges[-1], slices)[1]
+    for i, (name, slo) in enumerate(zip(names, trace.services["slo_ms"].astype(float), strict=True)):
+        mine = trace.requests[(trace.requests["service"] == name) & trace.requests["finish_ms"].notna()]
+        took = mine["finish_ms"] - mine["arrival_ms"]
+        slot = np.clip(np.searchsorted(edges, mine["finish_ms"].to_numpy(dtype=float)) - 1, 0, slices - 1)
+        values["in_time_rps"][i] = np.bincount(slot[(took <= slo + 1e-9).to_numpy()], minlength=slices) / step_s
+        values["latency_ms"][i] = took.groupby(slot).median().reindex(range(slices)).to_numpy()
+    title = f"{trace.policy}: requests, latency and shares, over time"
+    return Progress(title, f"{trace.provenance}; seed {trace.seed}", names, edges[1:] / 1000, values, edges[-1] / 1000)
+
+
 def progress(so_far: Progress, *, width: int = style.WIDTH) -> go.Figure:
-    """Draw a run so far: requests in time, median latency and GPU% held, by service, over time."""
+    """Draw a run so far: requests in time, median latency and GPU% held, by service, over time.
+
+    Parameters
+    ----------
+    so_far : Progress
+    width : int
+        Of the figure [px].
+    """
     made = style.figure(so_far.title, so_far.origin, width=width, height=400, showlegend=True)
     made.set_subplots(rows=1, cols=3, horizontal_spacing=0.1)
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12}})
@@ -67,19 +111,3 @@ def progress(so_far: Progress, *, width: int = style.WIDTH) -> go.Figure:
                 col=column,
             )
     return made
-
-
-def static_progress(so_far: Progress, path: Target) -> Path:
-    """Write `progress` as a PNG or SVG; errors as for `static_knee`."""
-    with sheet(path, f"{so_far.title}\n", so_far.origin, 3, 3.8) as (_, axes):
-        for part, (key, title) in zip(axes, PANES.items(), strict=True):
-            for row, (name, cue) in zip(so_far.values[key], style.cues(so_far.services).items(), strict=True):
-                part.plot(so_far.seconds, row, cue.mpl_marker, color=cue.color, linestyle=cue.mpl_dash, markersize=4, label=name)
-            part.set_xlim(0, 1.02 * so_far.length_s)
-            part.set_ylim(bottom=0)
-            part.set_xlabel("Time [s]")
-            part.set_ylabel(title)
-            part.grid()
-        if so_far.services:
-            axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9).set_in_layout(False)
-    return written(path)

@@ -91,7 +91,7 @@ def comparison(
     left = 26 + 8 * max(map(len, policies))
     made = style.figure("Policies side by side", origin, width=width, height=220 + 40 * len(policies), left=left)
     made.set_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.05)
-    made.update_layout(barmode="stack", showlegend=True)
+    made.update_layout(barmode="stack", showlegend=True, uniformtext={"minsize": 8, "mode": "hide"})
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12}})
     made.update_layout(margin_t=made.layout.margin.t + 30, margin_b=70)
     places = {policy: i for i, policy in enumerate(policies)}
@@ -119,7 +119,11 @@ def comparison(
                 orientation="h",
                 width=0.6,
                 showlegend=False,
-                marker={"color": cue.color, "line": {"width": 1, "color": style.GREY}},
+                text=[cue.glyph] * len(policies),
+                textposition="inside",
+                insidetextanchor="middle",
+                textangle=0,
+                marker=cue.bar,
                 hovertemplate=f"{said} requests/s<extra></extra>",
             ),
             row=1,

@@ -24,6 +24,8 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
 GLYPHS = "●■◆▲✚★▼"
+#: Of bars: six services without one, then six with each. The hatch "x" is kept for late launches.
+HATCHES = ("", "/", "\\", "-", "|")
 MPL_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
 MPL_MARKERS = ("o", "s", "D", "^", "P", "*", "v")
 
@@ -31,6 +33,16 @@ GREY = "#7f7f7f"  #: about 4:1 on white and on #111
 LATE = "#E8112D"  #: about 4:1 on white and on #111; never the only cue
 GRID = "rgba(127,127,127,.25)"
 WIDTH = 800
+#: Sizes of words on bars [px], the first that fits, and the width of a letter in sizes.
+BAR_SIZES, LETTER = (12.0, 11.0, 10.0), 0.55
+#: How dense hatches are.
+HATCHING = {"size": 7, "solidity": 0.25, "fillmode": "overlay"}
+
+#: On paper: inches and points of a pixel of the live figure, so that 800 px become 9 inches.
+INCH = 9 / 800
+POINT = 72 * INCH
+#: Points of a pixel of a letter, set smaller than in a browser: DejaVu Sans, which every matplotlib brings, is wider.
+TEXT = 0.9 * POINT
 
 #: plotly's mode bar offers to upload the data of a figure to a cloud service; ours never does.
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud"]}
@@ -41,12 +53,13 @@ UNUSED = ("sendChartToCloud", "zoomIn2d", "zoomOut2d", "autoScale2d", "select2d"
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """How one service is drawn: colour, and dash and symbol that tell it apart without colour."""
+    """How one service is drawn: colour, and dash, symbol and hatch that tell it apart without colour."""
 
     color: str
     dash: str
     symbol: str
     glyph: str
+    hatch: str
     mpl_dash: Any
     mpl_marker: str
 
@@ -56,15 +69,27 @@ class Cue:
         red, green, blue = (int(self.color[i : i + 2], 16) for i in (1, 3, 5))
         return 0.299 * red + 0.587 * green + 0.114 * blue > 120
 
+    @property
+    def bar(self) -> dict[str, Any]:
+        """Look of the service's bars, as plotly's ``marker``."""
+        return {"color": self.color, "line": {"width": 1, "color": GREY}, "pattern": {"shape": self.hatch, **HATCHING}}
+
 
 def cues(names: Iterable[str]) -> dict[str, Cue]:
-    """Cue of each service, by its place in `names`."""
+    """Return what tells each service from the others, by its place among them.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of the services.
+    """
     return {
         name: Cue(
             COLORS[i % len(COLORS)],
             DASHES[i % len(DASHES)],
             SYMBOLS[i % len(SYMBOLS)],
             GLYPHS[i % len(GLYPHS)],
+            HATCHES[i // len(COLORS) % len(HATCHES)],
             MPL_DASHES[i % len(MPL_DASHES)],
             MPL_MARKERS[i % len(MPL_MARKERS)],
         )
@@ -188,11 +213,22 @@ def note(text: str, x: float, y: float, **more: Any) -> dict[str, Any]:
     return {"text": text, "x": x, "y": y, "showarrow": False, "font": {"color": GREY, "size": 12}, **more}
 
 
+def fitting(text: str, wide: float, high: float) -> tuple[float, int] | None:
+    """Size [px] and turn [degrees] at which words fit on a bar [px], lying if they can; None if they do not."""
+    for size in BAR_SIZES:
+        need = LETTER * size * len(text) + 4
+        for turn, along, across in ((0, wide, high), (90, high, wide)):
+            if along > need and across > size:
+                return size, turn
+    return None
+
+
 def nothing(title: str, origin: str, words: str, width: int = WIDTH) -> go.Figure:
     """Figure that says in words why there is nothing to draw."""
     made = figure(title, origin, width=width, height=240)
     made.update_layout(xaxis={"visible": False}, yaxis={"visible": False})
-    made.add_annotation(note(plain(words), 0.5, 0.5, xref="paper", yref="paper", font={"size": 15, "color": GREY}))
+    lines = "<br>".join(plain(line) for line in textwrap.wrap(words, (width - 100) // 9))
+    made.add_annotation(note(lines, 0.5, 0.5, xref="paper", yref="paper", font={"size": 15, "color": GREY}))
     return made
 
 

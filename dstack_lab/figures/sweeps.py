@@ -120,7 +120,8 @@ def gains(table: pd.DataFrame, metric: str = "slo_attainment_gain", service: str
     require(len(several) == 1, "loads in table", several, "one: choose with table[table['load'] == ...]")
     names = list(rows["policy"])
     origin = origin_of(rows, None, names, int(rows["seeds"].max()))
-    title = f"{GAINS[metric].split(' [')[0]} over the baseline, load {rows['bound_load'].iloc[0]:.2g} of the bound"
+    over, load = table.attrs.get("baseline", "the baseline"), rows["bound_load"].iloc[0]
+    title = f"{GAINS[metric].split(' [')[0]} over {over}, load {load:.2g} of the bound"
     left = 26 + 8 * max(map(len, names))
     made = style.figure(title, origin, width=width, height=190 + 34 * len(names), left=left)
     mean, low, high = (rows[f"{metric}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high"))

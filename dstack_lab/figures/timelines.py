@@ -23,7 +23,6 @@ COLUMNS = 800
 LATE, LATE_WORDS = "x", "holds late requests"
 #: Places on the colour scale of a raster, closer where the root bends.
 _STOPS = (0.0, 0.01, 0.04, 0.1, 0.25, 0.5, 1.0)
-_HATCH = {"size": 7, "solidity": 0.25, "fillmode": "overlay"}
 
 
 def timeline(
@@ -113,7 +112,7 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
         mine = pieces[pieces["service"] == name]
         if mine.empty:
             continue
-        _add_key(made, name, {"color": cue.color})
+        _add_key(made, name, cue.bar)
         late = mine["late"].to_numpy() > 0
         made.add_trace(
             go.Bar(
@@ -134,7 +133,7 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
                         "width": np.where(late, 2, 1).tolist() if late.any() else 1,
                         "color": np.where(late, style.LATE, style.GREY).tolist() if late.any() else style.GREY,
                     },
-                    "pattern": {"shape": np.where(late, LATE, "").tolist() if late.any() else "", **_HATCH},
+                    "pattern": {"shape": np.where(late, LATE, cue.hatch).tolist() if late.any() else cue.hatch, **style.HATCHING},
                 },
                 customdata=mine[["start_ms", "end_ms", "gpu_pct", "batch", "late"]].to_numpy(dtype=float),
                 hovertext=[_said(row) for row in mine["note"]] if (mine["note"].astype(str) != "").any() else None,
@@ -145,8 +144,8 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
             )
         )
     if (pieces["late"] > 0).any():
-        pattern = {"shape": LATE, "fgcolor": style.GREY, **_HATCH}
-        _add_key(made, LATE_WORDS, {"color": "rgba(0,0,0,0)", "pattern": pattern}, {"width": 2, "color": style.LATE})
+        edge, pattern = {"width": 2, "color": style.LATE}, {"shape": LATE, "fgcolor": style.GREY, **style.HATCHING}
+        _add_key(made, LATE_WORDS, {"color": "rgba(0,0,0,0)", "line": edge, "pattern": pattern})
     if top > 100.5:
         made.add_hline(100, line={"color": style.GREY, "width": 2, "dash": "dash"})
         words = "┅ 100 GPU%: oversubscribed above"
@@ -154,10 +153,9 @@ def _rectangles(trace: Trace, view: Window, launches: pd.DataFrame, title: str, 
     return made
 
 
-def _add_key(made: go.Figure, name: str, marker: dict[str, Any], line: dict[str, Any] | None = None) -> None:
+def _add_key(made: go.Figure, name: str, marker: dict[str, Any]) -> None:
     """Add an entry to the legend by itself: a trace's own entry would copy the hatch of its first bar."""
-    line = line or {"width": 1, "color": style.GREY}
-    made.add_trace(go.Bar(name=style.plain(name), legendgroup=name, x=[None], y=[None], marker={**marker, "line": line}))
+    made.add_trace(go.Bar(name=style.plain(name), legendgroup=name, x=[None], y=[None], marker=marker))
 
 
 def _raster(trace: Trace, view: Window, launches: pd.DataFrame, title: str, origin: str, width: int) -> go.Figure:

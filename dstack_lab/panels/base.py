@@ -6,15 +6,15 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import ipywidgets
 import plotly.graph_objects as go
 
 from dstack_lab.checks import require
-from dstack_lab.figures import style
+from dstack_lab.figures import save, style
 from dstack_lab.panels import controls
 from dstack_lab.panels.live_figure import live, marks, show
 from dstack_lab.profiles import Profile, load_profile
@@ -33,8 +33,6 @@ class Look:
     words : str
         The same in one or two sentences.
     picture : plotly.graph_objects.Figure
-    static : callable
-        Writes the same picture as PNG into a binary file.
     message : str
         What the reader must know; empty where all is well.
     """
@@ -42,7 +40,6 @@ class Look:
     facts: dict[str, Any]
     words: str
     picture: go.Figure
-    static: Callable[[BinaryIO], object]
     message: str = ""
 
 
@@ -80,6 +77,14 @@ class Panel:
         """Add a drop-down list."""
         made = controls.choice(field, label, list(options), tooltip, value)
         return self._add(field, made, made)  # type: ignore[no-any-return]
+
+    def _networks(
+        self, models: Iterable[str] | str | None, known: Iterable[str], tooltip: str, where: str = "the profile"
+    ) -> list[str]:
+        """Add the list of networks, `model`; return those on it. Those asked for and not known are named for good."""
+        names, self._lasting = offered(models, known, where)
+        self.model = self._choice("model", "Network", names, tooltip, "resnet50" if "resnet50" in names else None)
+        return names
 
     def _slider(
         self, field: str, label: str, low: float, high: float, value: float, tooltip: str, **more: Any
@@ -120,13 +125,7 @@ class Panel:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         facts = {name: _plain(control.value) for name, control in self._watched.items()}
         title = f"{type(self).__name__}: nothing to draw"
-
-        def picture(out: BinaryIO) -> None:
-            from dstack_lab.figures.sheets import static_nothing
-
-            static_nothing(out, title, said)
-
-        return Look(facts, f"{type(self).__name__} cannot show this: {said}.", style.nothing(title, "", said), picture, said)
+        return Look(facts, f"{type(self).__name__} cannot show this: {said}.", style.nothing(title, "", said), said)
 
     def _say(self, words: str) -> None:
         """Take a control's word about the value it was given."""
@@ -192,7 +191,7 @@ class Panel:
         bundle: dict[str, Any] = self.view._repr_mimebundle_()
         bundle["text/plain"] = self.describe()
         out = io.BytesIO()
-        self._now.static(out)
+        save(self._now.picture, out)
         bundle["image/png"] = base64.b64encode(out.getvalue()).decode()
         return bundle
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 
 from dstack_lab import figures
 from dstack_lab.arrivals import Poisson
 from dstack_lab.constraints import OBJECTIVES
-from dstack_lab.panels.base import Look, Panel, as_profile, offered
+from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
+
+#: What keeps the best point from being better, by its name in `constraints.BINDINGS`; one service alone has the whole GPU.
+LIMITS = {
+    "SLO: wait": "A better point would answer too late behind the batch before (“SLO: wait”)",
+    "SLO: fill": "A better point would answer too late while its batch fills (“SLO: fill”)",
+    "rate": "A better point could not keep up with the requests (“rate”)",
+    "largest batch": "A better point would need a larger batch than the profile holds (“largest batch”)",
+    "smallest share": "A better point would need a smaller share than can be granted (“smallest share”)",
+    "largest share": "A better point would need a larger share than there is (“largest share”)",
+    "none": "No constraint binds: no other point is better",
+}
 
 
 class BatchPlanner(Panel):
@@ -35,9 +45,7 @@ class BatchPlanner(Panel):
     ) -> None:
         super().__init__()
         self.profile = as_profile(profile)
-        names, self._lasting = offered(models, self.profile.models)
-        first = "resnet50" if "resnet50" in names else names[0]
-        self.model = self._choice("model", "Network", names, "Which network answers the requests", first)
+        self._networks(models, self.profile.models, "Which network answers the requests")
         self.slo_ms = self._slider("slo_ms", "SLO [ms]", 1.0, 500.0, 50.0, "Longest time from arrival to answer", step=1.0)
         self.rate_rps = self._slider(
             "rate_rps", "Rate [requests/s]", 1.0, 10_000.0, 400.0, "Requests that arrive each second", step=0.02, log=True
@@ -73,13 +81,7 @@ class BatchPlanner(Panel):
         else:
             words = (
                 f"For {rate:,.4g} requests/s of {model} within {slo:g} ms, the best is batch {best.batch} at {best.gpu_pct:g} %: "
-                f"{best.service_ms:.3g} ms a batch, up to {1000 * best.batch / best.service_ms:,.0f} requests/s, held by "
-                f"{_said(best.binding)}. At {share} %, {at}."
+                f"{best.service_ms:.3g} ms a batch, up to {1000 * best.batch / best.service_ms:,.0f} requests/s. "
+                f"{LIMITS[best.binding]}. At {share} %, {at}."
             )
-        picture = figures.choices(self.profile, found)
-        return Look(facts, words, picture, partial(figures.static_choices, self.profile, found), found.words)
-
-
-def _said(binding: str) -> str:
-    """A constraint's name in a sentence."""
-    return "nothing" if binding == "none" else f"“{binding}”"
+        return Look(facts, words, figures.choices(self.profile, found), found.words)

@@ -13,6 +13,8 @@ from typing import Any
 import ipywidgets
 from traitlets import TraitError, validate
 
+from dstack_lab.figures.style import COLORS
+
 #: Called with a sentence when a control takes another value than it was given, with "" when it takes one as it is.
 Say = Callable[[str], None]
 
@@ -20,6 +22,7 @@ _BOX = ipywidgets.Layout(width="250px")
 _LIST = ipywidgets.Layout(width="370px")
 _SLIDER = ipywidgets.Layout(width="300px")
 _STYLE = {"description_width": "150px"}
+_HANDLE = {"handle_color": COLORS[0]}  # JupyterLab's own is white on white
 
 
 class _Bounded:
@@ -133,7 +136,7 @@ def slider(
         simulate. Others always wait, or the browser would move what code or the number box sets to the next step.
     """
     whole = not log and all(isinstance(x, int) for x in (low, high, value, step))
-    shared = {"readout": False, "tooltip": tooltip, "layout": _SLIDER, "continuous_update": live and whole}
+    shared = {"readout": False, "tooltip": tooltip, "layout": _SLIDER, "style": _HANDLE, "continuous_update": live and whole}
     if log:
         made: Any = LogSlider(min=math.log10(low), max=math.log10(high), value=value, step=step, **shared)
     elif whole:

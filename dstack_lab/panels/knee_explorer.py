@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 
 from dstack_lab import figures
-from dstack_lab.figures.curves import fitted_model
+from dstack_lab.figures.curves import curve_of
 from dstack_lab.knees import RULES
-from dstack_lab.panels.base import Look, Panel, as_profile, offered
+from dstack_lab.panels.base import Look, Panel, as_profile
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 
 
@@ -34,23 +33,20 @@ class KneeExplorer(Panel):
     ) -> None:
         super().__init__()
         self.profile = as_profile(profile)
-        names, self._lasting = offered(models, self.profile.models)
+        names = self._networks(models, self.profile.models, "Whose service time is drawn")
         rows = self.profile.table
         most = int(rows.loc[rows["model"].isin(names), "batch"].max())
-        first = "resnet50" if "resnet50" in names else names[0]
-        self.model = self._choice("model", "Network", names, "Whose service time is drawn", first)
         self.batch = self._slider("batch", "Batch [requests]", 1, most, min(8, most), "Requests answered by one launch")
         self.gpu_pct = self._slider("gpu_pct", "Share [GPU%]", 1, 100, 50, "Part of the GPU's multiprocessors a launch may use")
         self.rule = self._choice("rule", "Rule of the knee", RULES, "What counts as hardly any faster")
-        self.slo_ms = self._slider("slo_ms", "SLO [ms]", 1.0, 500.0, 50.0, "For the rule capacity", step=1.0)
+        self.slo_ms = self._slider("slo_ms", "SLO for capacity [ms]", 1.0, 500.0, 50.0, "For the rule capacity alone", step=1.0)
         self._begin()
 
     def _look(self) -> Look:
         model, batch, rule, share = self.model.value, self.batch.value, self.rule.value, self.gpu_pct.value
         slo = self.slo_ms.value if rule == "capacity" else None
-        fitted = fitted_model(self.profile, model)
-        ms, whole = (float(fitted.predict(batch, g)) for g in (share, 100))
-        knee = fitted.knee(batch, rule, slo_ms=slo)
+        curve = curve_of(self.profile, model, batch, rule, slo)
+        knee, ms, whole = curve.knee, curve.at(share), curve.at(100)
         known = None if knee.pct != knee.pct else round(knee.pct, 1)
         facts = {
             "model": model,
@@ -65,6 +61,4 @@ class KneeExplorer(Panel):
             f"{model} takes {ms:.3g} ms for a batch of {batch} on {share} % of the GPU, {ms / whole:.2f} times as long as on all "
             f"of it. By the rule {rule}: {knee}."
         )
-        drawn = {"models": [model], "batch": batch, "rule": rule, "slo_ms": slo, "at_pct": share}
-        picture = figures.knee(self.profile, **drawn)
-        return Look(facts, words, picture, partial(figures.static_knee, self.profile, **drawn))
+        return Look(facts, words, figures.knee(self.profile, model, batch, rule, slo, at_pct=share))

@@ -12,7 +12,7 @@ from dstack_lab.figures.style import CONFIG
 
 def live(made: go.Figure) -> go.FigureWidget:
     """Return a FigureWidget of `made`, without the button that uploads its data."""
-    widget = go.FigureWidget(_one_title(made))
+    widget = go.FigureWidget(made.data, _layout(made))
     widget._config = {**widget._config, **CONFIG}
     return widget
 
@@ -22,31 +22,30 @@ def show(widget: go.FigureWidget, made: go.Figure) -> None:
 
     Traces stay where both figures have the same kinds of them in the same order, and are replaced otherwise.
     """
-    made = _one_title(made)
     same = [old.type for old in widget.data] == [new.type for new in made.data]
     with widget.batch_update():
         if same:
             for old, new in zip(widget.data, made.data, strict=True):
                 _apply(old, new.to_plotly_json(), keep=("uid", "type"))
-        _apply(widget.layout, made.layout.to_plotly_json())
+        _apply(widget.layout, _layout(made))
     if not same:
         widget.data = []
         widget.add_traces(made.data)
 
 
-def _one_title(made: go.Figure) -> go.Figure:
-    """Write the subtitle as a line of the title.
+def _layout(made: go.Figure) -> dict[str, Any]:
+    """Layout of `made`, with its subtitle as a line of the title.
 
     A browser measures the title to place the subtitle, and JupyterLab draws a widget before it can be measured:
     the two would lie on each other until the first change.
     """
-    made = go.Figure(made)
-    title = made.layout.title
-    if title.subtitle.text:
-        title.text = f'{title.text}<br><span style="font-size: {title.subtitle.font.size}px">{title.subtitle.text}</span>'
-        title.subtitle = None
-        title.pad.t = (title.pad.t or 0) + 12  # a title of several lines is set higher
-    return made
+    layout: dict[str, Any] = made.layout.to_plotly_json()
+    title = layout.get("title", {})
+    subtitle = title.pop("subtitle", {})
+    if subtitle.get("text"):
+        title["text"] += f'<br><span style="font-size: {subtitle["font"]["size"]}px">{subtitle["text"]}</span>'
+        title["pad"] = {**title.get("pad", {}), "t": title.get("pad", {}).get("t", 0) + 12}  # more lines are set higher
+    return layout
 
 
 def marks(figure: go.Figure) -> int:

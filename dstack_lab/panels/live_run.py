@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import ipywidgets
@@ -19,7 +19,7 @@ from dstack_lab.figures.progress import Progress
 from dstack_lab.ledger import Ledger
 from dstack_lab.metrics import summary
 from dstack_lab.panels.base import Look, Panel, as_profile
-from dstack_lab.panels.racing import Policies, named
+from dstack_lab.panels.racing import Policies, idle, named
 from dstack_lab.panels.stoppable import Stoppable
 from dstack_lab.policies import DStack, Temporal
 from dstack_lab.profiler import measure
@@ -35,6 +35,9 @@ MODELS, BATCHES, SLO_TIMES, LOAD = ("squeezenet1_1", "shufflenet_v2_x1_0"), (1, 
 SLICES = 20
 #: States in which the thread of a run waits for workers, which it would do for seconds.
 WAITING = ("measuring this machine", "loading networks")
+#: How long `stop` waits for a run [s]: a policy of one's own may never return from `decide`.
+STOP_S = 30.0
+_ALL: weakref.WeakSet[LiveRun] = weakref.WeakSet()
 
 
 class LiveRun(Panel):
@@ -93,6 +96,7 @@ class LiveRun(Panel):
         self.stop_button.on_click(lambda _: self.stop())
         self._rows.append(ipywidgets.HBox([self.start_button, self.stop_button]))
         self._length_s, self._said_policy = float(seconds), self.policy.value
+        _ALL.add(self)
         self._begin()
 
     @property
@@ -104,6 +108,9 @@ class LiveRun(Panel):
         """Start a run in the background; what forbids it is said in words."""
         if self.running:
             self._say("a run is going on already: stop it first")
+            return
+        if any(other.running and other.device.describe() == self.device.describe() for other in _ALL):
+            self._say(f"another live run is going on, and two would take {self.device.describe()} from each other: stop it first")
             return
         slots = len(self.device.shares())
         if slots < 2:
@@ -119,12 +126,14 @@ class LiveRun(Panel):
         self._thread.start()
 
     def stop(self) -> None:
-        """End the run and its workers, and wait until they are gone."""
+        """End the run and its workers, and wait until they are gone; what keeps them is said in words."""
         self._stopping.set()
         if self._thread is not None:
             if self._workers is not None and self._state in ("starting", *WAITING):
                 self._workers.stop()
-            self._thread.join()
+            self._thread.join(STOP_S)
+            stuck = f"{self._said_policy} does not return from decide(): the run ends when it does, or when the kernel restarts"
+            self._say(stuck if self.running else "")
 
     def wait(self) -> None:
         """Wait for the end of the run; an interrupt stops it."""
@@ -195,13 +204,14 @@ class LiveRun(Panel):
                 "launches": len(self.trace.launches),
                 "goodput_rps": round(float(last["goodput_rps"]), 1),
                 "attainment": round(float(last["slo_attainment"]), 3),
-                "p99_ms": round(float(last["p99_ms"]), 1),
+                "p99_ms": None if np.isnan(last["p99_ms"]) else round(float(last["p99_ms"]), 1),
             }
-            words += f" {last['goodput_rps']:.3g} requests/s in time, {last['slo_attainment']:.1%} of all requests, "
-            words += f"p99 {last['p99_ms']:.4g} ms."
+            words += f" {last['goodput_rps']:.3g} requests/s in time, {last['slo_attainment']:.1%} of all requests"
+            words += "." if np.isnan(last["p99_ms"]) else f", p99 {last['p99_ms']:.4g} ms."
         seen = self._so_far(f"{self._said_policy}, real workers: {self._state.partition(':')[0]}", origin, names)
-        trouble = self._state if self._state.startswith("failed") else ""
-        return Look(facts, words, figures.progress(seen), partial(figures.static_progress, seen), trouble)
+        silent = "" if self.trace is None else idle(self.trace, self._said_policy)
+        trouble = self._state if self._state.startswith("failed") else silent
+        return Look(facts, words, figures.progress(seen), trouble)
 
     def _so_far(self, title: str, origin: str, names: tuple[str, ...]) -> Progress:
         """Cut what ended so far into slices of time."""

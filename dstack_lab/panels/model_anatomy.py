@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dstack_lab.checks import require
 from dstack_lab.figures.anatomies import parts_of
 from dstack_lab.kernel_model import KernelModel
 from dstack_lab.knees import knee_pct
-from dstack_lab.panels.base import Look, Panel, offered
+from dstack_lab.panels.base import Look, Panel
 
 
 class ModelAnatomy(Panel):
@@ -33,11 +33,9 @@ class ModelAnatomy(Panel):
 
     def __init__(self, models: Iterable[str] | str | None = None, gpu: str = "V100") -> None:
         super().__init__()
-        names, self._lasting = offered(models, zoo.names(), "the zoo")
         gpus = [spec.name for spec in gpu_specs.SPECS.values()]
         require(gpu in gpus, "gpu", gpu, f"one of {', '.join(gpus)}")
-        first = "resnet50" if "resnet50" in names else names[0]
-        self.model = self._choice("model", "Network", names, "Whose kernels are drawn", first)
+        self._networks(models, zoo.names(), "Whose kernels are drawn", "the zoo")
         self.gpu = self._choice("gpu", "GPU", gpus, "Modelled from its data sheet", gpu)
         self.batch = self._slider("batch", "Batch [requests]", 1, 64, 1, "Requests answered by one launch")
         self.gpu_pct = self._slider("gpu_pct", "Share [GPU%]", 1, 100, 50, "Part of the GPU's multiprocessors")
@@ -71,8 +69,7 @@ class ModelAnatomy(Panel):
             f"{parts['launch']:g} % by the launch itself. The widest offers {facts['widest_units']:,} thread blocks. Kernels "
             f"that {share} % is enough for take {100 * enough:.0f} % of the time; the whole network's knee is {whole:.0f} %."
         )
-        static = partial(figures.static_anatomy, model, batch=batch, gpu_pct=share)
-        return Look(facts, words, figures.anatomy(model, batch, share, table=table), static)
+        return Look(facts, words, figures.anatomy(model, batch, share, table=table))
 
 
 @lru_cache(maxsize=32)

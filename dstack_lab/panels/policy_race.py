@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 
 from dstack_lab import figures
-from dstack_lab.checks import positive, require
+from dstack_lab.checks import require
 from dstack_lab.metrics import ALL, summary
-from dstack_lab.panels.base import Look, Panel, as_profile
-from dstack_lab.panels.racing import Policies, checked, named, ran, services_at
+from dstack_lab.panels.base import Look
+from dstack_lab.panels.racing import Policies, Racing, ran
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
 from dstack_lab.simulator import sample_arrivals
-from dstack_lab.trials import bound_rps, plan_for
+from dstack_lab.trials import bound_rps
 from dstack_lab.workloads import WORKLOADS
 
 ARRIVALS = (("Poisson", "poisson"), ("bursty (gamma, cv 3)", "gamma"))
 
 
-class PolicyRace(Panel):
+class PolicyRace(Racing):
     """Policies side by side under one load.
 
     Parameters
@@ -55,25 +54,18 @@ class PolicyRace(Panel):
         duration_ms: float = 2000.0,
         services: Iterable[Service] | None = None,
     ) -> None:
-        super().__init__()
-        self.profile = as_profile(profile)
-        self.policies = named(policies)
-        self.duration_ms = positive("duration_ms", duration_ms)
-        self.services = checked(services, self.profile)
+        super().__init__(profile, policies, duration_ms, services)
         names = list(WORKLOADS) if self.services is None else ["own services"]
         first = workload if self.services is None else names[0]
         self.workload = self._choice("workload", "Workload", names, "Which networks share the GPU", first)
-        self.load = self._slider(
-            "load", "Load [part of bound]", 0.05, 1.5, 0.5, "1 is what the best schedule could serve", step=0.05, live=False
-        )
+        self._add_load()
         self.arrivals = self._choice("arrivals", "Arrivals", ARRIVALS, "How requests come")
-        self.seed = self._slider("seed", "Seed", 0, 999, 1, "Of the arrivals: every policy sees the same", live=False)
+        self._add_seed()
         self._begin()
 
     def _look(self) -> Look:
         name, load, kind, seed = self.workload.value, self.load.value, self.arrivals.value, self.seed.value
-        services = services_at(load, self.profile, name, self.services, kind)
-        plan = plan_for(services, self.profile, "efficacy", None)
+        plan = self._plan(name, kind)
         came = [times.size * 1000 / self.duration_ms for times in sample_arrivals(plan, self.duration_ms, seed)]
         limit = bound_rps(plan, came)[ALL]
         require(limit > 0, "load", load, f"high enough that a request comes within {self.duration_ms:g} ms")
@@ -83,7 +75,7 @@ class PolicyRace(Panel):
             said += [words] if words else []
             if trace is None:
                 failed.append(policy_name)
-                rows.append(pd.DataFrame({"policy": policy_name, "service": [s.name for s in services]}))
+                rows.append(pd.DataFrame({"policy": policy_name, "service": [s.name for s in plan.services]}))
             else:
                 origin = f"{replace(trace.provenance, marks=())}; seed {seed}, {self.duration_ms:g} ms"
                 rows.append(summary(trace).assign(policy=policy_name))
@@ -106,10 +98,7 @@ class PolicyRace(Panel):
         if best is None:
             words = f"At a load of {load:g} no policy came to an end."
         else:
-            words = f"At a load of {load:g}, {limit:,.0f} requests/s of those that came could be in time at most. " + ", ".join(
-                f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked
-            )
-            words += f" in this run. {', '.join(failed)} did not finish." if failed else " in this run."
-        picture = figures.comparison(table, origin, limit)
-        static = partial(figures.static_comparison, table, provenance=origin, bound_rps=limit)
-        return Look(facts, words, picture, lambda out: static(path=out), "; ".join(said))
+            words = f"At a load of {load:g}, at most {limit:,.0f} requests/s of those that came can be in time. In this run: "
+            words += ", ".join(f"{p} {reached[p]:,.0f} ({reached[p] / limit:.0%})" for p in ranked) + "."
+            words += f" {', '.join(failed)} did not finish." if failed else ""
+        return Look(facts, words, figures.comparison(table, origin, limit), "; ".join(said))

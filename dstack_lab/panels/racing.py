@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from dstack_lab.bounds import checked_services
-from dstack_lab.checks import require
+from dstack_lab.checks import positive, require
 from dstack_lab.ledger import PolicyError
+from dstack_lab.panels.base import Panel, as_profile
 from dstack_lab.policies import Clipper, DStack, Gpulet, Gslice, Nexus, Policy, Temporal, Triton
 from dstack_lab.profiles import Profile
 from dstack_lab.services import InfeasiblePlan, Plan, Service
 from dstack_lab.simulator import simulate
 from dstack_lab.traces import Trace
+from dstack_lab.trials import plan_for
 from dstack_lab.workloads import load_of, scaled, workload
 
 Policies = Iterable[Policy] | Mapping[str, Policy] | Policy
@@ -44,6 +47,42 @@ def named(policies: Policies | None) -> dict[str, Policy]:
     return found
 
 
+class Racing(Panel):
+    """Base of the panels that simulate: policies, services, and the load they are put under.
+
+    Parameters
+    ----------
+    profile, policies, duration_ms, services
+        As the panels document them.
+    """
+
+    def __init__(
+        self,
+        profile: Profile | str | os.PathLike[str],
+        policies: Policies | None,
+        duration_ms: float,
+        services: Iterable[Service] | None,
+    ) -> None:
+        super().__init__()
+        self.profile = as_profile(profile)
+        self.policies = named(policies)
+        self.duration_ms = positive("duration_ms", duration_ms)
+        self.services = None if services is None else checked_services(tuple(services), self.profile)
+
+    def _add_load(self, value: float = 0.5) -> None:
+        """Add the control `load`."""
+        words = "1 is what the best schedule could serve"
+        self.load = self._slider("load", "Load [part of bound]", 0.05, 1.5, value, words, step=0.05, live=False)
+
+    def _add_seed(self) -> None:
+        """Add the control `seed`."""
+        self.seed = self._slider("seed", "Seed", 0, 999, 1, "Of the arrivals: every policy sees the same", live=False)
+
+    def _plan(self, name: str, arrivals: str = "poisson") -> Plan:
+        """Plan for a workload's services at the load, or for one's own."""
+        return plan_for(services_at(self.load.value, self.profile, name, self.services, arrivals), self.profile, "efficacy", None)
+
+
 def services_at(
     load: float, profile: Profile, name: str, services: Sequence[Service] | None = None, arrivals: str = "poisson"
 ) -> tuple[Service, ...]:
@@ -51,11 +90,6 @@ def services_at(
     if services is None:
         return workload(name, profile, load, arrivals=arrivals)
     return scaled(services, load / load_of(services, profile))
-
-
-def checked(services: Iterable[Service] | None, profile: Profile) -> tuple[Service, ...] | None:
-    """Services that the profile knows; None stays None."""
-    return None if services is None else checked_services(tuple(services), profile)
 
 
 def ran(plan: Plan, policy: Policy, name: str, duration_ms: float, seed: int) -> tuple[Trace | None, str]:
@@ -78,6 +112,11 @@ def ran(plan: Plan, policy: Policy, name: str, duration_ms: float, seed: int) ->
         return None, f"{name} broke a rule: {broken}{why}"
     except Exception as error:  # a reader's own class may fail anywhere
         return None, f"{name} failed: {type(error).__name__}: {error}"
-    if not len(trace.launches) and len(trace.requests):
-        return trace, f"{name} launched nothing: all {len(trace.requests)} requests went unserved; decide() must return a Launch"
-    return trace, ""
+    return trace, idle(trace, name)
+
+
+def idle(trace: Trace, name: str) -> str:
+    """Say that a policy launched nothing, if so."""
+    if len(trace.launches) or not len(trace.requests):
+        return ""
+    return f"{name} launched nothing: all {len(trace.requests)} requests went unserved; decide() must return a Launch"

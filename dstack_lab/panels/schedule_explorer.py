@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import plotly.graph_objects as go
 
 from dstack_lab import figures
-from dstack_lab.checks import positive
 from dstack_lab.figures.space import visible, window
 from dstack_lab.metrics import summary
-from dstack_lab.panels.base import Look, Panel, as_profile
-from dstack_lab.panels.racing import Policies, checked, named, ran, services_at
+from dstack_lab.panels.base import Look
+from dstack_lab.panels.racing import Policies, Racing, ran
 from dstack_lab.profiles import DEFAULT_PROFILE, Profile
 from dstack_lab.services import Service
 from dstack_lab.traces import Trace
-from dstack_lab.trials import plan_for
 
 
-class ScheduleExplorer(Panel):
+class ScheduleExplorer(Racing):
     """Timeline of a simulated run; zoom with the mouse or with the controls.
 
     Parameters
@@ -53,31 +50,25 @@ class ScheduleExplorer(Panel):
         duration_ms: float = 2000.0,
         services: Iterable[Service] | None = None,
     ) -> None:
-        super().__init__()
-        self.profile = as_profile(profile)
-        self.policies = named(policies)
-        self.duration_ms = positive("duration_ms", duration_ms)
+        super().__init__(profile, policies, duration_ms, services)
         self.workload = workload
-        self.services = checked(services, self.profile)
         self.trace: Trace | None = None
         self._key: Any = None
         end = self.duration_ms
         self.policy = self._choice("policy", "Policy", list(self.policies), "Who decides what runs when")
-        self.load = self._slider(
-            "load", "Load [part of bound]", 0.05, 1.5, 0.5, "1 is what the best schedule could serve", step=0.05, live=False
-        )
+        self._add_load()
         self.start_ms = self._slider("start_ms", "From [ms]", 0.0, end, 0.0, "Where the picture begins", live=False)
-        self.span_ms = self._slider("span_ms", "Length [ms]", 1.0, end, min(200.0, end), "How much is drawn", live=False)
-        self.seed = self._slider("seed", "Seed", 0, 999, 1, "Of the arrivals", live=False)
+        self.span_ms = self._slider(
+            "span_ms", "Length [ms]", min(1.0, end), end, min(200.0, end), "How much is drawn", live=False
+        )
+        self._add_seed()
         self._begin()
 
     def _run(self) -> tuple[Trace | None, str]:
         """Simulate where anything but the window changed."""
         key = (self.policy.value, self.load.value, self.seed.value)
         if key != self._key:
-            services = services_at(self.load.value, self.profile, self.workload, self.services)
-            plan = plan_for(services, self.profile, "efficacy", None)
-            self.trace, self._trouble = ran(plan, self.policies[key[0]], key[0], self.duration_ms, key[2])
+            self.trace, self._trouble = ran(self._plan(self.workload), self.policies[key[0]], key[0], self.duration_ms, key[2])
             if self.trace is not None:
                 self._sums = summary(self.trace).iloc[-1]
             self._key = key
@@ -116,11 +107,7 @@ class ScheduleExplorer(Panel):
             f"them with late requests{', drawn as means' if dense else ''}."
         )
         at = (view.start_ms, view.end_ms)
-        return Look(facts, words, figures.timeline(trace, *at), partial(self._static, trace, at), trouble)
-
-    @staticmethod
-    def _static(trace: Trace, at: tuple[float, float], out: Any) -> None:
-        figures.static_timeline(trace, out, *at)
+        return Look(facts, words, figures.timeline(trace, *at), trouble)
 
     def _watch_figure(self, figure: go.FigureWidget) -> None:
         figure.layout.xaxis.on_change(self._zoomed, "range")

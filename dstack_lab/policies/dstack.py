@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
 from dstack_lab.policies.calendar import Booking, Calendar
+from dstack_lab.policies.lane_keeper import LaneKeeper
 from dstack_lab.policies.scoreboard import Scoreboard
+from dstack_lab.policies.shared_lanes import share_lanes
 from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, ladders, plan_period
 from dstack_lab.services import Allocation, Plan
 
@@ -23,6 +25,9 @@ class DStack(Policy):
        planned window that needs its share. Planned windows are never delayed; an empty one is given away.
     3. *Fair*: among the ready, the service that received least GPU%·ms over the last 10 periods goes
        first, then the earliest deadline.
+
+    Where the plan knows of ``contention``, services may share lanes in turns instead: as many lanes as launches
+    beside each other are worth what they cost each other (`share_lanes`), one for all in the extreme.
 
     *Needs to know* service times and rates. *Wins* when knees lie well below 100 %: several networks
     run side by side at shares they can use. *Breaks* when one network fills the GPU, or when the
@@ -57,13 +62,22 @@ class DStack(Policy):
         self.patience, self.reject, self.beside = patience, reject, beside
 
     def reset(self, plan: Plan) -> None:
-        """Place the windows; may lower shares or batches to make them fit."""
-        period = plan_period(plan, self.reject, self.beside)
-        self.scores = Scoreboard([a.service for a in period.allocations], period.period_ms, MEMORY)
-        self._adopt(plan, period, 0.0)
+        """Place the windows, or lanes that services share; may lower shares or batches to make them fit."""
+        names, longest = [s.name for s in plan.services], max(s.slo_ms for s in plan.services)
+        self.scores = Scoreboard(names, longest, MEMORY)
+        if knows(plan):
+            self._keep(LaneKeeper(share_lanes(plan, self.reject), self.reject))
+        else:
+            self._adopt(plan, plan_period(plan, self.reject, self.beside), 0.0)
+
+    def _keep(self, keeper: LaneKeeper) -> None:
+        """Follow lanes that services share, since launches slow each other down."""
+        self.keeper: LaneKeeper | None = keeper
+        self.point, self.needs_pct = keeper.points, keeper.needs_pct
 
     def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
         """Follow the windows of `period` from `now` on."""
+        self.keeper = None
         self.point = {a.service: a for a in period.allocations}
         self.ladder = ladders(plan, period)
         self.calendar = Calendar(period, now)
@@ -80,12 +94,16 @@ class DStack(Policy):
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """From the share of each service's windows up to the plan's."""
+        if knows(plan):
+            return {p.service: (p.gpu_pct,) for lane in share_lanes(plan, self.reject).lanes for p in lane.points}
         return {
             name: tuple(sorted(ladder)) for name, ladder in ladders(plan, plan_period(plan, self.reject, self.beside)).items()
         }
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Planned windows first, then whatever fits before the next ones."""
+        if self.keeper is not None:
+            return self.keeper.decide(state)
         now = state.now_ms
         if self.reject:
             late = [Drop(s.name, n) for s in state.services if (n := s.late(self.point[s.name].service_ms))]
@@ -169,6 +187,11 @@ class DStack(Policy):
             while batch > planned and service.service_ms(batch, share) > limit:
                 batch -= 1
         return batch
+
+
+def knows(plan: Plan) -> bool:
+    """Whether a plan expects launches to slow each other down."""
+    return plan.contention is not None and plan.contention.slowdown > 0
 
 
 def _sum(launches: list[Launch]) -> float:

@@ -27,6 +27,9 @@ class MaxThroughput(Policy):
         Drop requests that can no longer meet their deadline.
     """
 
+    #: Whether a batch that fits may pass one that does not.
+    passes = True
+
     def __init__(self, drop_late: bool = False) -> None:
         self.drop_late = drop_late
 
@@ -36,23 +39,25 @@ class MaxThroughput(Policy):
         self.needs_pct = min(self.share.values())
 
     def decide(self, state: GpuState) -> list[Decision]:
-        """Fill the GPU with the best batches that fit."""
+        """Fill the GPU with the batches that fit, in order."""
         if self.drop_late and (lost := drop_lost(state, self.share)):
             return lost
         ready = [s for s in state.services if s.ready and not s.in_flight]
         launches: list[Decision] = []
         free = state.free_pct + 1e-6
-        for view in sorted(ready, key=self._worth, reverse=True):
+        for view in sorted(ready, key=self._order):
             share = self.share[view.name]
             if share <= free:
                 free -= share
                 launches.append(Launch(view.name, share, view.queued(view.batch)))
+            elif not self.passes:
+                break
         return launches
 
-    def _worth(self, view: ServiceView) -> float:
-        """Requests per GPU%·ms of the batch it could launch now."""
+    def _order(self, view: ServiceView) -> tuple[float, ...]:
+        """Most requests per GPU%·ms first, of the batch it could launch now."""
         batch, share = view.queued(view.batch), self.share[view.name]
-        return batch / (share * view.service_ms(batch, share))
+        return (-batch / (share * view.service_ms(batch, share)),)
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """Those of the plan."""
@@ -77,6 +82,8 @@ class MaxMin(MaxThroughput):
         Drop requests that can no longer meet their deadline.
     """
 
+    passes = False
+
     def reset(self, plan: Plan) -> None:
         """Take the shares of the plan; nobody has received anything."""
         super().reset(plan)
@@ -84,17 +91,13 @@ class MaxMin(MaxThroughput):
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Launch the least served, in order, until one does not fit."""
-        if self.drop_late and (lost := drop_lost(state, self.share)):
-            return lost
-        ready = [s for s in state.services if s.ready and not s.in_flight]
-        launches: list[Decision] = []
-        free = state.free_pct + 1e-6
-        for view in sorted(ready, key=lambda s: (self.scores.received[s.name], s.due_ms)):
-            share = self.share[view.name]
-            if share > free:
-                break
-            free -= share
-            batch = view.queued(view.batch)
-            self.scores.add(state.now_ms, view.name, share * view.service_ms(batch, share))
-            launches.append(Launch(view.name, share, batch))
-        return launches
+        decisions = super().decide(state)
+        for launch in decisions:
+            if isinstance(launch, Launch):
+                service_ms = state.by_name[launch.service].service_ms(launch.batch, launch.gpu_pct)
+                self.scores.add(state.now_ms, launch.service, launch.gpu_pct * service_ms)
+        return decisions
+
+    def _order(self, view: ServiceView) -> tuple[float, ...]:
+        """Least GPU time received first, then the earliest deadline."""
+        return self.scores.received[view.name], view.due_ms

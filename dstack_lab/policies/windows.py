@@ -23,9 +23,20 @@ EPSILON_MS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A reserved launch: `gpu_pct` for `service` from `start_ms` to `end_ms` of every period.
+    """A reserved launch.
 
-    `next_end_ms` is when the service's following window ends: what need not run now can run then.
+    Parameters
+    ----------
+    start_ms, end_ms : float
+        From when to when in every period [ms].
+    service : str
+        Whose it is.
+    gpu_pct : float
+        Share that is reserved.
+    batch : int
+        Requests that it is sized for.
+    next_end_ms : float
+        When the service's following window ends [ms]: what need not run now can run then.
     """
 
     start_ms: float
@@ -45,7 +56,17 @@ class _Option:
 
 @dataclass(frozen=True, slots=True)
 class PeriodPlan:
-    """Windows of one period, by start, and the operating points they were placed for."""
+    """Windows of one period.
+
+    Parameters
+    ----------
+    period_ms : float
+        Length of the period [ms], after which the windows come again.
+    windows : tuple of Window
+        By start.
+    allocations : tuple of Allocation
+        Operating points that they were placed for, in the order of the plan's services.
+    """
 
     period_ms: float
     windows: tuple[Window, ...]
@@ -67,7 +88,14 @@ def plan_period(plan: Plan, reject: bool = False, beside: bool = True) -> Period
     exceed 100 % and no two windows of one service overlap, and what cannot be placed gives way, by the
     smallest loss of GPU time first: a service gets another share, or its windows come more often with
     smaller batches.
-    With `reject`, windows for a part of the load will do; without `beside`, windows always take turns.
+
+    Parameters
+    ----------
+    plan : Plan
+    reject : bool
+        Windows for a part of the load will do; the rest is dropped.
+    beside : bool
+        Place windows side by side if that holds; else they always take turns.
 
     Raises
     ------

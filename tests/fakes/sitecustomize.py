@@ -6,6 +6,8 @@ import time
 import types
 from pathlib import Path
 
+from dstack_lab.devices.parameter_map import ended_after
+
 
 class FakeCuda:
     gpu_ms = 0.5
@@ -20,7 +22,12 @@ class FakeCuda:
         self.fail()
         granted = round(float(env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) * 132 / 100 - 0.5) // 2 * 2
         granted += int(os.environ.get("FAKE_EXTRA_SMS", "0"))
-        return {"granted_sms": granted, "mps": os.environ.get("FAKE_OUTSIDE") is None, "env": env}
+        told = {"granted_sms": granted, "mps": os.environ.get("FAKE_OUTSIDE") is None, "env": env}
+        if os.environ.get("FAKE_HANG"):  # as a driver that never maps a block
+            with ended_after(1):
+                time.sleep(60)
+        why = os.environ.get("FAKE_UNSHARED")
+        return told | ({"why_not_shared": why} if why and "DSTACK_LAB_PARAMETERS" in env else {})
 
     def set_threads(self, threads):
         pass
