@@ -56,6 +56,18 @@ def test_live_run_without_a_second_core_says_so():
     assert "without a second core" in panel.facts()["message"]
 
 
+def test_a_device_that_is_not_there_is_words():
+    def missing():
+        raise RuntimeError("no driver: install one")
+
+    panel = lab.panels.LiveRun(device=SimpleNamespace(shares=missing, describe=missing, mechanism="none"))
+    assert "no driver: install one" in panel.facts()["message"]
+    panel.start()
+    assert not panel.running
+    assert "RuntimeError: no driver: install one" in panel.facts()["message"]
+    assert "no driver: install one" in panel._repr_mimebundle_()["text/plain"]
+
+
 @pytest.mark.slow
 def test_live_run_runs_real_workers_and_leaves_none_behind():
     panel = lab.panels.LiveRun([lab.Service("squeezenet1_1", 2000, lab.Poisson(3))], ROWS, lab.Temporal(), seconds=2)

@@ -109,12 +109,16 @@ class LiveRun(Panel):
         if self.running:
             self._say("a run is going on already: stop it first")
             return
-        if any(other.running and other.device.describe() == self.device.describe() for other in _ALL):
-            self._say(f"another live run is going on, and two would take {self.device.describe()} from each other: stop it first")
+        try:
+            where, slots = self.device.describe(), len(self.device.shares())
+        except Exception as error:  # no driver, no daemon: whatever a device needs and has not
+            self._say(f"{type(error).__name__}: {error}")
             return
-        slots = len(self.device.shares())
+        if any(other.running and other.device.describe() == where for other in _ALL):
+            self._say(f"another live run is going on, and two would take {where} from each other: stop it first")
+            return
         if slots < 2:
-            self._say(f"{self.device.describe()} has one share only: nothing can run side by side without a second core")
+            self._say(f"{where} has one share only: nothing can run side by side without a second core")
             return
         self._say("")
         self.trace, self._ledger, self._rows_seen = None, None, np.empty((0, 7))
