@@ -157,7 +157,7 @@ class Panel:
     def message(self) -> str:
         """What the reader must know: a value out of range, an error; empty where all is well."""
         now = self._now.message if hasattr(self, "_now") else ""
-        return "; ".join(filter(None, (self._note, self._lasting, now)))
+        return "; ".join(dict.fromkeys(filter(None, (self._note, self._lasting, now))))
 
     def facts(self) -> dict[str, Any]:
         """What the panel shows, as a small dict of rounded values; ``drawn`` counts the figure's marks."""
