@@ -6,6 +6,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dstack_lab.state import INFINITE
+
+#: Who is later than its deadline by less than this is in time: sums round.
+EPSILON_MS = 1e-9
+
 
 class Rider(NamedTuple):
     """A service in a lane.
@@ -29,30 +34,36 @@ def late_in_turns(riders: Sequence[Rider], drop: bool) -> list[float]:
     """
     count = len(riders)
     heads, late, now = [0] * count, [0] * count, 0.0
-    margins = [rider.margin_ms - rider.slo_ms for rider in riders]
+    rows = []
+    for i, (arrivals, slo, batch, times, margin) in enumerate(riders):
+        padded = [*arrivals, *[INFINITE] * (batch + 1)]  # so that a batch ahead can be looked at
+        rows.append((i, padded, slo, batch, times, margin - slo if drop else -INFINITE))
     while True:
-        first, begin, size, upcoming = -1, float("inf"), 0, float("inf")
-        for i, (arrivals, slo, batch, times, _) in enumerate(riders):
+        first, begin, size, upcoming = -1, INFINITE, 0, INFINITE
+        for i, arrivals, slo, batch, times, margin in rows:
             head = heads[i]
-            if drop:
-                lost = bisect_left(arrivals, now + margins[i], head)
+            oldest = arrivals[head]
+            if oldest < now + margin:
+                lost = bisect_left(arrivals, now + margin, head)
                 late[i] += lost - head
                 heads[i] = head = lost
-            if head == len(arrivals):
+                oldest = arrivals[head]
+            if oldest > now:
+                if oldest < upcoming:
+                    upcoming = oldest
                 continue
-            if arrivals[head] > now:
-                upcoming = min(upcoming, arrivals[head])
-                continue
-            waiting = bisect_right(arrivals, now, head, min(head + batch, len(arrivals))) - head
-            must = arrivals[head] + slo - times[waiting - 1]
+            waiting = bisect_right(arrivals, now, head, head + batch) - head
+            must = oldest + slo - times[waiting - 1]
             if must < begin:
                 first, begin, size = i, must, waiting
         if first < 0:
-            if upcoming == float("inf"):
+            if upcoming == INFINITE:
                 return [n / len(r.arrivals_ms) if r.arrivals_ms else 0.0 for n, r in zip(late, riders, strict=True)]
             now = upcoming
             continue
-        rider, head = riders[first], heads[first]
-        now += rider.times_ms[size - 1]
+        _, arrivals, slo, _, times, _ = rows[first]
+        head = heads[first]
+        now += times[size - 1]
         heads[first] = head + size
-        late[first] += bisect_left(rider.arrivals_ms, now - rider.slo_ms - 1e-9, head, head + size) - head
+        if arrivals[head] < now - slo - EPSILON_MS:
+            late[first] += bisect_left(arrivals, now - slo - EPSILON_MS, head, head + size) - head

@@ -226,6 +226,8 @@ class _Planner:
                     times, batch = [s * ms for ms in self.ms[m][width]], self.batch(m, width, s)
                     riders.append(Rider(self.arrivals[m], self.slo[m], batch, times, times[max(1, int(part * batch)) - 1]))
                 tried.append((tuple(late_in_turns(riders, self.drop)), part))
+                if not any(tried[-1][0]):
+                    break
             self._late[key] = min(tried, key=lambda one: max(one[0]) + sum(one[0]) / len(one[0]))
         return self._late[key]
 
@@ -236,8 +238,9 @@ class _Planner:
         _, first, slow = begin
         widths, lanes = list(first), range(len(groups))
 
-        def pain(i: int) -> float:
-            return max(self.late(groups[i], widths[i], slow[i])[0]) + TIE * self.busy(groups[i], widths[i], slow[i])
+        def pain(i: int, before: float = INFINITE) -> float:
+            late = max(self.late(groups[i], widths[i], slow[i])[0]) if before > TIE * FULLER[-1] else 0.0
+            return late + TIE * self.busy(groups[i], widths[i], slow[i])  # where nobody is late, wider makes nobody late
 
         def full(w: list[int], s: tuple[tuple[float, ...], ...]) -> float:
             return max(self.busy(groups[i], w[i], s[i]) for i in lanes)
@@ -250,7 +253,7 @@ class _Planner:
                 break
             i = max(can, key=lambda i: suffers[i])
             widths[i] += 1
-            suffers[i] = pain(i)
+            suffers[i] = pain(i, suffers[i])
         slow = self.slowed(groups, widths)
         late, hopeless = zip(*(self.late(groups[i], widths[i], slow[i]) for i in lanes), strict=True)
         return _Tried(groups, tuple(widths), slow, late, hopeless, full(widths, slow))
