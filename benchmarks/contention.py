@@ -1,13 +1,16 @@
-"""Predicted contention beside published V100 measurements: 750 pairs on disjoint shares, four networks without a partition.
+"""What planning with contention brings; predicted contention beside published V100 measurements.
+
+Three tables: D-STACK told of contention, not told, and learning it, beside others, all of which drop what is
+lost; then 750 pairs on disjoint shares, and four networks without a partition.
 
 Where the law of turns breaks: "batches learnt". It lets all that share the GPU end together, so that the lightest
 network, alexnet, takes 26.5 ms with one image beside the others, which is all of its SLO of 25: its batch cannot
 grow. The log says 13.5 ms for that, and 1 ms more for every further image: room for 12 more, and that log's mean
 batch is 13. The rule that learns is the log's own; the error is the law's, in who waits how long and not in the sum.
 
-    python benchmarks/contention.py FOLDER
+    python benchmarks/contention.py [FOLDER]
 
-FOLDER holds ``v100_igniter_pairs.csv`` (both sides of pairs, and their solo times) and
+Without FOLDER, the first table only. FOLDER holds ``v100_igniter_pairs.csv`` (both sides of pairs, and their solo times) and
 ``v100_gslice_authors.csv`` (times of four TensorRT networks by batch and share). Both come from public
 repositories and are not part of this one.
 """
@@ -37,6 +40,28 @@ LOGS = {
 #: The same under default MPS with one image a batch.
 SINGLE_RPS = {"alexnet": 74, "mobilenet": 45, "resnet50": 25, "vgg19": 37}
 OFFERED_RPS, DURATION_MS = 1600, 10_000
+
+#: Of the first table: profiles and workloads, parts of the bound, seeds.
+RACES = {"v100-simulated": ("C-3", "C-4", "C-7"), "h200-simulated": ("C-4", "C-7")}
+LOADS, SEEDS = (0.5, 0.65, 0.8, 1.5), (1, 2, 3)
+#: About this many requests a run at load 1.
+REQUESTS = 20_000
+
+
+def planners(profile: str, workload: str) -> pd.DataFrame:
+    """Goodput, attainment of all and of the worst service, by load and policy, with contention."""
+    times = lab.load_profile(profile)
+    shares = lab.gpu_specs.SPECS[profile.removesuffix("-simulated")].shares()
+    services = lab.workload(workload, times, load=1, shares=shares)
+    same = {"loads": LOADS, "seeds": SEEDS, "contention": lab.Contention(), "admission": "one rule", "shares": shares}
+    same["duration_ms"] = 1000 * REQUESTS / sum(s.rate_rps for s in services)
+    others = {"D-STACK learns": lab.AdaptiveDStack(), "Temporal": lab.Temporal(), "Gslice": lab.Gslice(), "Gpulet": lab.Gpulet()}
+    told = lab.compare(services, times, {"D-STACK told": lab.DStack()}, **same)
+    rest = lab.compare(services, times, {"D-STACK not told": lab.DStack(), **others}, told=False, **same)
+    rows = pd.concat([told, rest])
+    whole = rows[rows["service"] == "all"].set_index(["load", "policy"])[["goodput_rps", "slo_attainment", "jain"]]
+    worst = rows[rows["service"] != "all"].groupby(["load", "policy"], sort=False)["slo_attainment"].min()
+    return whole.assign(worst=worst)
 
 
 def pair_errors(path: Path, contention: lab.Contention) -> np.ndarray:
@@ -85,10 +110,18 @@ def rates(plan: lab.Plan, policy: lab.Policy, contention: lab.Contention) -> lis
 
 
 def main() -> None:
-    """Print both comparisons."""
+    """Print the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     folder = parser.parse_args().folder
+    for profile, workloads in RACES.items():
+        for workload in workloads:
+            table = planners(profile, workload).unstack("load").swaplevel(axis=1).sort_index(axis=1, sort_remaining=False)
+            print(
+                f"{workload} on {profile}, simulated with contention, by load", table.round(3).to_string(), sep="\n", end="\n\n"
+            )
+    if folder is None:
+        return
     print("error of the predicted slowdown, 750 pairs [points]: median, 95 % quantile")
     for name, contention in (("longer is felt more", lab.Contention()), ("a constant", lab.Contention(exponent=0))):
         errors = 100 * pair_errors(folder / "v100_igniter_pairs.csv", contention)

@@ -26,7 +26,9 @@ COARSE, FINE = 20, 60
 #: them, the larger are the batches of those that can be served. Each lane takes what does better.
 HOPELESS = (0.5, 1.0)
 #: Above this many lanes the two that ask for least together are merged untried; below, this many pairs are tried.
-MOST_LANES, PAIRS = 8, 6
+MOST_LANES, PAIRS = 8, 12
+#: How many of the best are merged further.
+BEAM = 3
 #: Requests are drawn for this many periods at least and at most, for so many of the rarest service in between, and in all.
 PERIODS, RAREST, IN_ALL = (10, 60), 400, 50_000
 #: How many times fuller than full lanes may be where the rates are more than the GPU can serve.
@@ -63,8 +65,8 @@ class SharedLanes:
 def share_lanes(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None = None) -> SharedLanes:
     """Choose who shares a lane with whom, and how wide each lane is, to make as few as possible late.
 
-    Begins with a lane for each service and merges two at a time, those that do best together, down to one lane for
-    all; the best of all these is taken. Every lane gets what its rates need in full batches, then whoever suffers
+    Begins with a lane for each service and merges two at a time, going on with the few that do best, down to one lane
+    for all; the best of all these is taken: least are late, of the service that suffers most and of all. Every lane gets what its rates need in full batches, then whoever suffers
     most is widened. Times are those beside all other lanes, busy with their longest batches.
 
     Parameters
@@ -92,23 +94,25 @@ def share_lanes(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None = No
 def _share(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None) -> SharedLanes | None:
     """Plans are compared by identity: one that is used for several seeds is thought through once."""
     planner = _Planner(plan, drop, COARSE, rates_rps)
-    groups: _Groups = tuple((m,) for m in range(len(plan.services)))
-    best = planner.tried(groups)
-    while len(groups) > 1:
-        merged = sorted((_merged(groups, *pair) for pair in combinations(range(len(groups)), 2)), key=planner.asked)
-        if len(groups) > MOST_LANES:
-            groups = merged[0]
+    beam: list[_Groups] = [tuple((m,) for m in range(len(plan.services)))]
+    found = [planner.tried(beam[0])]
+    while len(beam[0]) > 1:
+        pairs = list(combinations(range(len(beam[0])), 2))
+        merged = sorted({_merged(groups, *pair) for groups in beam for pair in pairs}, key=planner.asked)
+        if len(beam[0]) > MOST_LANES:
+            beam = merged[:1]
             continue
-        found = [(score, g) for g in merged[:PAIRS] if (score := planner.tried(g)) is not None]
-        if not found:
-            groups = merged[0]
-            continue
-        score, groups = min(found, key=lambda pair: planner.worse(pair[0]))
-        best = score if best is None or planner.worse(score) < planner.worse(best) else best
-    if best is None:
-        return None
+        tried = [one for groups in merged[: PAIRS * len(beam)] if (one := planner.tried(groups)) is not None]
+        tried.sort(key=planner.worse)
+        found += tried[:BEAM]
+        beam = [one.groups for one in tried[:BEAM]] or merged[:1]
+    best = sorted([one for one in found if one is not None], key=planner.worse)[:BEAM]
     finer = _Planner(plan, drop, FINE, rates_rps)
-    return finer.lanes(finer.tried(best.groups) or best)
+    ways = [(planner, one) for one in best] + [(finer, one) for old in best if (one := finer.tried(old.groups)) is not None]
+    if not ways:
+        return None
+    chosen, lanes = min(ways, key=lambda way: way[0].worse(way[1]))
+    return chosen.lanes(lanes)
 
 
 _Groups = tuple[tuple[int, ...], ...]
@@ -120,7 +124,7 @@ def _asked(plan: Plan) -> list[tuple[Service, Allocation]]:
 
 def _merged(groups: _Groups, i: int, j: int) -> _Groups:
     rest = [g for at, g in enumerate(groups) if at not in (i, j)]
-    return (*rest, tuple(sorted(groups[i] + groups[j])))
+    return tuple(sorted([*rest, tuple(sorted(groups[i] + groups[j]))]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +135,7 @@ class _Tried:
     late: tuple[tuple[float, ...], ...]
     hopeless: tuple[float, ...]  # by lane
     fullest: float
-
-    @property
-    def pain(self) -> float:
-        """The service that suffers most, and the mean of all; between lanes that make nobody late, the emptier."""
-        late = [x for lane in self.late for x in lane]
-        return max(late) + sum(late) / len(late) + TIE * self.fullest
+    pain: float  # of lanes that make nobody late, the emptier have less
 
 
 class _Planner:
@@ -228,8 +227,13 @@ class _Planner:
                 tried.append((tuple(late_in_turns(riders, self.drop)), part))
                 if not any(tried[-1][0]):
                     break
-            self._late[key] = min(tried, key=lambda one: max(one[0]) + sum(one[0]) / len(one[0]))
+            self._late[key] = min(tried, key=lambda one: self.pain(group, one[0]))
         return self._late[key]
+
+    def pain(self, members: Sequence[int], late: Sequence[float]) -> float:
+        """Late part of the service that suffers most, and of all requests."""
+        rates = [self.rate[m] for m in members]
+        return max(late) + sum(r * x for r, x in zip(rates, late, strict=True)) / max(sum(rates), EPSILON)
 
     def tried(self, groups: _Groups) -> _Tried | None:
         """Widen the narrowest lanes, that of whoever suffers most first, until the GPU is given out; None if there are none."""
@@ -238,14 +242,11 @@ class _Planner:
         _, first, slow = begin
         widths, lanes = list(first), range(len(groups))
 
-        def pain(i: int, before: float = INFINITE) -> float:
+        def suffering(i: int, before: float = INFINITE) -> float:
             late = max(self.late(groups[i], widths[i], slow[i])[0]) if before > TIE * FULLER[-1] else 0.0
             return late + TIE * self.busy(groups[i], widths[i], slow[i])  # where nobody is late, wider makes nobody late
 
-        def full(w: list[int], s: tuple[tuple[float, ...], ...]) -> float:
-            return max(self.busy(groups[i], w[i], s[i]) for i in lanes)
-
-        suffers = [pain(i) for i in lanes]
+        suffers = [suffering(i) for i in lanes]
         while True:
             left = 100 + SLACK - sum(self.grid[w] for w in widths)
             can = [i for i in lanes if widths[i] + 1 < len(self.grid) and self.grid[widths[i] + 1] - self.grid[widths[i]] <= left]
@@ -253,10 +254,12 @@ class _Planner:
                 break
             i = max(can, key=lambda i: suffers[i])
             widths[i] += 1
-            suffers[i] = pain(i, suffers[i])
+            suffers[i] = suffering(i, suffers[i])
         slow = self.slowed(groups, widths)
         late, hopeless = zip(*(self.late(groups[i], widths[i], slow[i]) for i in lanes), strict=True)
-        return _Tried(groups, tuple(widths), slow, late, hopeless, full(widths, slow))
+        fullest = max(self.busy(groups[i], widths[i], slow[i]) for i in lanes)
+        total = self.pain([m for group in groups for m in group], [x for part in late for x in part])
+        return _Tried(groups, tuple(widths), slow, late, hopeless, fullest, total + TIE * fullest)
 
     def worse(self, tried: _Tried) -> tuple[bool, float]:
         """Rank of lanes, the lower the better: where nobody is given up, lanes that keep up come first."""
