@@ -65,9 +65,10 @@ class SharedLanes:
 def share_lanes(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None = None) -> SharedLanes:
     """Choose who shares a lane with whom, and how wide each lane is, to make as few as possible late.
 
-    Begins with a lane for each service and merges two at a time, going on with the few that do best, down to one lane
-    for all; the best of all these is taken: least are late, of the service that suffers most and of all. Every lane gets what its rates need in full batches, then whoever suffers
-    most is widened. Times are those beside all other lanes, busy with their longest batches.
+    Begins with a lane for each service and merges two at a time, going on with the few that do best, down to one
+    lane for all. The best of all these is taken: the fewest late, of the service that suffers most and of all
+    requests. Every lane gets what its rates need in full batches, then whoever suffers most is widened. Times are
+    those beside all other lanes, busy with their longest batches.
 
     Parameters
     ----------
