@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from types import SimpleNamespace
 import builders
 import pandas as pd
 import pytest
+from test_green import stub  # noqa: F401
 
 import dstack_lab as lab
-from dstack_lab.agenda import ITEMS, keep_profile, multiplex, perform, silicon, ticks
+from dstack_lab.agenda import ITEMS, interference, keep_profile, multiplex, perform, silicon, ticks
 from dstack_lab.agenda.ahead import Ahead
 from dstack_lab.agenda.pages import markdown
 from dstack_lab.agenda.record import OutOfTime, Record, Step
@@ -89,6 +91,33 @@ def test_rows_of_a_second_try_replace_those_of_the_first(tmp_path):
     kept.add("t", pd.DataFrame({"x": [3]}), "b")
     kept.add("t", pd.DataFrame({"x": [4]}), "a")
     assert kept.table("t").to_dict("list") == {"x": [3, 4], "step": ["b", "a"]}
+
+
+def test_files_are_packed_into_one_that_does_not_grow_too_large(tmp_path, capsys):
+    kept = record(tmp_path)
+    assert kept.pack("traces", "b", b"old")
+    assert kept.pack("traces", "a", b"x")
+    assert kept.pack("traces", "b", b"new")
+    assert not kept.pack("traces", "c", bytes(13 << 20))
+    assert "c is not kept: h200-traces.zip would pass 12 MiB" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "knee" / "h200-traces.zip") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {"a": b"x", "b": b"new"}
+    again = record(tmp_path / "new", resume=tmp_path)
+    assert not (again.folder / "h200-traces.zip").exists()  # there is no record to go on from yet
+    kept.run([Step("a", lambda: 1)])
+    assert (record(tmp_path / "new", resume=tmp_path).folder / "h200-traces.zip").exists()
+
+
+def test_what_cannot_be_had_here_is_booked_once_and_forgotten_when_it_can(tmp_path):
+    first = record(tmp_path)
+    first.refuse({"mps": "MpsError: no programs"})
+    first.run([Step("green a", lambda: 1)])
+    kept = json.loads(first.path.read_text())
+    assert (kept["complete"], kept["failed"], kept["steps"]["mps"]["error"]) == (True, ["mps"], "MpsError: no programs")
+    second = record(tmp_path)
+    second.refuse({})
+    second.run([Step("green a", boom)])
+    assert (second.names("done"), second.names("failed")) == (["green a"], [])
 
 
 def test_another_folder_is_gone_on_from_only_on_the_same_machine(tmp_path, capsys):
@@ -237,6 +266,98 @@ def test_probe_and_knee_on_a_pretended_gpu_under_mps(tmp_path):
     assert lab.load_profile(tmp_path / "knee" / "h200-mps-eager.csv").table["batch"].eq(1).all()
 
 
+@pytest.fixture(scope="module")
+def pretended(stub):  # noqa: F811
+    """Environment of a machine with a GPU: programs, driver and NVML are stand-ins, workers sleep as long as a batch takes."""
+    path = f"{FAKES}{os.pathsep}{os.environ['PATH']}"
+    return {"PATH": path, "PYTHONPATH": str(FAKES), "LD_LIBRARY_PATH": str(stub), "FAKE_GREEN": "1"}
+
+
+def recorded(tmp_path, item):
+    """The record and its tables; an item leaves 8 files at most, or some would not travel."""
+    kept = json.loads((tmp_path / item / "h200.json").read_text())
+    assert (kept["complete"], kept["failed"]) == (True, []), kept["steps"]
+    assert kept["provenance"]["mechanism"] == "MPS and green contexts"
+    assert len(list((tmp_path / item).iterdir())) <= 8
+    return kept, {path.stem[5:]: pd.read_csv(path, comment="#") for path in (tmp_path / item).glob("*.csv")}
+
+
+@pytest.mark.slow
+def test_races_on_a_pretended_gpu(tmp_path, pretended):
+    said = command(tmp_path, "multiplex", "--device", "gpu", env=pretended)
+    kept, tables = recorded(tmp_path, "multiplex")
+    runs = tables["runs"]
+    assert set(zip(runs["mechanism"], runs["policy"], strict=True)) == {
+        (mechanism, policy) for mechanism in ("mps", "green") for policy in ("DStack", "Temporal")
+    }
+    assert runs[["goodput_rps", "goodput_rps_simulated", "p99_ms", "dispatch_ms"]].notna().all(axis=None)
+    whole = runs[runs["service"] == "all"]
+    assert whole["sm_utilization"].to_numpy() == pytest.approx(0.6)  # as the stand-in for NVML says
+    assert (whole["energy_j"] > 0).all()
+    assert kept["steps"]["mps C-2 0.4 DStack"]["value"]["faults"] == {}
+    for mechanism in ("mps", "green"):
+        assert said.count(f"| C-2 on {mechanism} | 0.4 |") == 2
+        assert (tables[f"{mechanism}-profile"]["effective_sms"] > 0).all()
+    assert "not on green, whose shares are a true partition: Triton, Uncontrolled" in said
+
+
+@pytest.mark.slow
+def test_pairs_on_a_pretended_gpu(tmp_path, pretended):
+    said = command(tmp_path, "pairs", "--device", "gpu", env=pretended)
+    _, tables = recorded(tmp_path, "pairs")
+    table = tables["pairs"]
+    assert set(zip(table["mechanism"], table["sharing"], strict=True)) == {
+        *(("mps", sharing) for sharing in ("alone", "shares", "no caps")),
+        *(("green", sharing) for sharing in ("alone", "shares")),
+    }
+    sides = interference.slowdowns(table)
+    assert len(sides) == (2 + 1) * 2 * 2  # two splits and the one without caps, two batches, two sides
+    assert sides["slowdown"].median() == pytest.approx(1, abs=0.3)  # sleepers do not feel each other; the machine may be busy
+    for mechanism in ("mps", "green"):
+        assert f"{mechanism}: Contention(slowdown=" in said
+
+
+@pytest.mark.slow
+def test_shares_are_changed_on_a_pretended_gpu(tmp_path, pretended):
+    command(tmp_path, "resize", "--device", "gpu", env=pretended)
+    kept, tables = recorded(tmp_path, "resize")
+    switches = tables["switches"]
+    assert set(zip(switches["mechanism"], switches["way"], strict=True)) == {
+        ("mps", "ready"),
+        ("mps", "standby"),
+        ("green", "ready"),
+    }
+    standby = kept["steps"]["mps standby resnet50"]["value"]
+    assert (standby["switches"], standby["of"]) == (1, 1)
+    assert standby["events"]["standby"] == standby["events"]["standby ready"] == 1
+    assert standby["delay_ms"] > 0  # a process starts first, and the old share serves until then
+    assert (switches.loc[switches["way"] == "ready", "to_pct"] != switches.loc[switches["way"] == "ready", "from_pct"]).all()
+
+
+@pytest.mark.slow
+def test_kernels_and_probe_on_a_pretended_gpu_name_what_needs_silicon(tmp_path, pretended):
+    command(tmp_path, "probe", "--device", "gpu", env=pretended)
+    kept = json.loads((tmp_path / "probe" / "h200.json").read_text())
+    state = {name: step["state"] for name, step in kept["steps"].items()}
+    assert [name for name in kept["failed"] if "built without CUDA" not in kept["steps"][name]["error"]] == []
+    for done in ("findings", "green layout", "green cost", "mps start", "mps quit", "gpm idle", "first inference, green"):
+        assert state[done] == "done", kept["steps"][done]
+    assert kept["steps"]["green layout"]["value"]["coarse"] == [8] * 15 + [12]
+    assert kept["steps"]["gpm idle"]["value"]["sm"] == 60
+    assert kept["steps"]["gpm idle"]["value"]["watts"] == pytest.approx(350, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("missing", "left"), [("mps", "green"), ("green", "mps")])
+def test_a_mechanism_that_cannot_be_had_costs_the_other_nothing(tmp_path, pretended, missing, left):
+    broken = {"FAKE_MPS": "status244"} if missing == "mps" else {"STUB_FAIL": "cuDevSmResourceSplitByCount=801"}
+    said = command(tmp_path, "knee", "--device", "gpu", env=pretended | broken)
+    kept = json.loads((tmp_path / "knee" / "h200.json").read_text())
+    assert (kept["complete"], kept["failed"]) == (True, [missing])
+    assert f"without {missing}: " in said
+    assert set(lab.load_profile(tmp_path / "knee" / f"h200-{left}.csv").table["batch"]) == {1, 4}
+
+
 def test_the_races_are_in_order_of_what_they_tell():
     whole = multiplex.grid(Target("gpu"))
     assert len(whole) == len(set(whole)) == 3 * 4 * len(multiplex.POLICIES)
@@ -282,7 +403,8 @@ def test_races_on_this_machine_s_cores(tmp_path):
     for policy in ("DStack", "Temporal"):
         assert runs.loc[runs["policy"] == policy, "service"].tolist() == ["squeezenet1_1", "shufflenet_v2_x1_0", "all"]
     assert (runs["goodput_rps_simulated"] > 0).all()
-    trace = lab.load_trace(tmp_path / "multiplex" / "cpu-cpu-cpu-2-0.4-DStack.npz")
+    with zipfile.ZipFile(tmp_path / "multiplex" / "cpu-traces.zip") as traces:
+        trace = lab.load_trace(traces.extract("cpu-cpu-2-0.4-DStack.npz", tmp_path))
     assert trace.provenance.kind == "measured"
     again = multiplex.compared(trace).set_index("service")["goodput_rps"]
     assert again.to_dict() == pytest.approx(runs[runs["policy"] == "DStack"].set_index("service")["goodput_rps"].to_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -97,7 +98,10 @@ def test_each_trace_is_kept_and_becomes_rows(tmp_path, monkeypatch):
     assert kept.names("done") == ["resnet50, batch 1", "resnet50, batch 16"]
     assert kept.names("failed") == ["vgg19, batch 1", "vgg19, batch 16"]
     assert kept.value("resnet50, batch 1") == {"sms": 132, "kernels": 3, "busy_us": 34.5, "idle_us": 7.5}
-    assert sorted(path.name for path in kept.folder.glob("*.gz")) == ["h200-resnet50-b1.json.gz", "h200-resnet50-b16.json.gz"]
+    with zipfile.ZipFile(kept.folder / "h200-traces.zip") as traces:
+        assert traces.namelist() == ["resnet50-b1.json.gz", "resnet50-b16.json.gz"]
+        check(kernels.kernel_table(json.loads(gzip.decompress(traces.read("resnet50-b1.json.gz"))), 1))
+    assert len(list(kept.folder.iterdir())) == 3  # with the tables and the record: few files travel
     table = pd.read_csv(kept.table_path("kernels"))
     for batch in kernels.BATCHES:
         check(table[table["batch"] == batch].reset_index(drop=True))

@@ -54,6 +54,14 @@ def test_noise_and_a_spoilt_pair_move_them_little():
     assert found.exponent == pytest.approx(0.4, abs=0.1)
 
 
+def test_what_costs_nothing_has_no_exponent():
+    found = fitted(recorded(lab.Contention(0.0, 0.7))).contention
+    assert (found.slowdown, found.exponent) == (0, 0)
+    table = recorded(lab.Contention(0.1, 0.0))
+    table.loc[table["sharing"] == "shares", "service_ms"] *= 0.9  # faster beside each other: noise
+    assert fitted(table).contention.slowdown == 0
+
+
 def test_networks_equally_long_say_nothing_about_the_exponent():
     table = recorded(lab.Contention(0.1, 0.0))
     table["service_ms"] = np.where(table["sharing"] == "alone", 4.0, 4.4)

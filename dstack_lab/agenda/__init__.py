@@ -65,6 +65,9 @@ def perform(
     record = Record(item, out, target.name, target.provenance(), minutes, resume, begin_s)
     record.say(f"on {record.provenance}; {record.left_s:.0f} s")
     with target:
+        if target.on_gpu and item not in ("probe", "kernels"):  # which look at each thing by itself
+            target, lacking = target.usable()
+            record.refuse(lacking)
         importlib.import_module(f"{__name__}.{item}").run(target, record)
     record.say(record.summary())
     if keep:

@@ -94,9 +94,11 @@ def fitted(table: pd.DataFrame) -> Fit:
     else:
         grid = np.linspace(*EXPONENTS, 61)
         best = grid[int(np.argmin([_loss(e, ratio, more) for e in grid]))]
-        near = (max(best - 0.05, EXPONENTS[0]), best + 0.05)
+        near = (max(best - 0.05, EXPONENTS[0]), min(best + 0.05, EXPONENTS[1]))
         exponent = float(minimize_scalar(_loss, bounds=near, args=(ratio, more), method="bounded", options={"xatol": 1e-6}).x)
     slowdown = max(_slowdown(exponent, ratio, more), 0.0)
+    if slowdown == 0:  # they cost each other nothing: any exponent says so
+        exponent = 0.0
     errors = np.abs(more - slowdown * ratio**exponent)
     constant = np.abs(more - np.median(more))
     return Fit(Contention(slowdown, exponent), len(sides), float(np.median(errors)), float(np.median(constant)))

@@ -17,7 +17,6 @@ from dstack_lab.agenda.probe import child
 from dstack_lab.agenda.record import Record, Step
 from dstack_lab.agenda.target import Target
 from dstack_lab.chrome_trace import from_trace
-from dstack_lab.files import whole_file
 
 BATCHES = (1, 16)
 NEEDS_GPU = "kernels need a GPU: torch.profiler records grid, block and duration of CUDA kernels only; pass --device gpu"
@@ -39,10 +38,11 @@ def run(target: Target, record: Record) -> None:
 
 def _unit(record: Record, model: str, batch: int) -> Any:
     def work() -> dict[str, Any]:
-        path = record.folder / f"{record.device}-{model}-b{batch}.json.gz"
-        with whole_file(path) as temporary:
-            found = child("trace", model=model, batch=batch, path=str(temporary))
-        table = kernel_table(path, batch)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{model}-b{batch}.json.gz"
+            found = child("trace", model=model, batch=batch, path=str(path))
+            table = kernel_table(path, batch)
+            record.pack("traces", path.name, path.read_bytes())
         record.add("kernels", table.assign(model=model, batch=batch), f"{model}, batch {batch}")
         busy_us, idle_us = float(table["us"].sum()), float(table["gap_us"].sum())
         return {**found, "kernels": len(table), "busy_us": busy_us, "idle_us": idle_us}

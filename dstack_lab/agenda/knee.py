@@ -66,12 +66,8 @@ def run(target: Target, record: Record) -> None:
     with contextlib.ExitStack() as stack:
         steps: list[Step] = []
         for sweep in sweeps(target):
-            try:
-                device, lacking = device_for(target, sweep)
-                points = [(model, share) for model in target.models for share in target.shares(device)]
-            except (ValueError, RuntimeError) as error:  # this mechanism cannot be had here: the others can
-                steps.append(Step(sweep.table, _failing(error), needs_s=0))
-                continue
+            device, lacking = device_for(target, sweep)
+            points = [(model, share) for model in target.models for share in target.shares(device)]
             left = [p for p in points if record.steps.get(_name(sweep, *p), {}).get("state") != "done"]
             batches: dict[str, Any] = (
                 {"batches": sweep.batches} if sweep.mechanism == "green" else {}
@@ -83,13 +79,6 @@ def run(target: Target, record: Record) -> None:
 
 def _name(sweep: Sweep, model: str, share: float) -> str:
     return f"{sweep.table} {model} {share:g} %"
-
-
-def _failing(error: Exception) -> Any:
-    def fail() -> None:
-        raise error
-
-    return fail
 
 
 def _unit(target: Target, record: Record, sweep: Sweep, bench: Any, lacking: tuple[str, ...], model: str, share: float) -> Any:

@@ -51,19 +51,21 @@ def _energy_mj() -> float | None:
 
 def under_load(lease_sms: int) -> dict[str, Any]:
     """GPM beside a kernel that spins on so many SMs; on all if 0."""
-    from dstack_lab.agenda.probe import alone, answer, begin
+    from dstack_lab.agenda.probe import alone, answer, begin, begun
 
     with alone() as env:
-        process = begin("spin", env, lease_sms=lease_sms, seconds=LOAD_S + 15)
+        process = begin("spin", env, lease_sms=lease_sms, seconds=LOAD_S + 2)
         try:
-            time.sleep(8)  # torch starts, the kernel is compiled
+            begun(process)  # torch has started, the kernel is compiled and runs
             before, start = _energy_mj(), time.monotonic()
             seen: dict[str, Any] = dict(activity(LOAD_S))
             after, seconds = _energy_mj(), time.monotonic() - start
             seen["watts"] = None if before is None or after is None else (after - before) / 1e3 / seconds
             spun = answer(process)
         finally:
-            process.kill()
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
     # the sampling must lie inside the time the kernels ran
     return {**seen, "spin": spun, "inside": spun["begin"] <= start and start + seconds <= spun["end"]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -18,14 +19,15 @@ from dstack_lab.devices.base import WorkerError
 
 #: Caps whose real SMs are read back [%].
 CAPS = (5, 10, 25, 33.3, 50, 75, 100)
-#: How long a child may take [s].
-CHILD_S = 60.0
+#: How long a child may take [s], and the first one, which reads torch from a cold disk.
+CHILD_S, COLD_S = 90.0, 240.0
 
 
 def run(target: Target, record: Record) -> None:
     """Do the steps that are left."""
     steps = [Step("findings", _findings, 0)]
     if target.on_gpu:
+        steps.append(Step("torch starts", lambda: child("start", timeout_s=COLD_S), 30))
         if "green" in target.mechanisms:
             from dstack_lab.devices.green_smid import verify_disjoint
 
@@ -93,12 +95,29 @@ def answer(process: subprocess.Popen[str], timeout_s: float = CHILD_S) -> dict[s
     return found
 
 
-def child(what: str, env: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+def begun(process: subprocess.Popen[str], timeout_s: float = CHILD_S) -> None:
+    """Wait for a child's first line.
+
+    Raises
+    ------
+    RuntimeError
+        If it says none, or an error; with its last words.
+    """
+    assert process.stdout is not None
+    if select.select([process.stdout], [], [], timeout_s)[0]:
+        line = process.stdout.readline()
+        if line and "error" not in json.loads(line):
+            return
+        raise RuntimeError(json.loads(line)["error"] if line else f"the child ended: {process.communicate()[1].strip()[-600:]}")
+    raise RuntimeError(f"the child did not begin within {timeout_s:g} s")
+
+
+def child(what: str, env: dict[str, str] | None = None, timeout_s: float = CHILD_S, **arguments: Any) -> dict[str, Any]:
     """Run a child of `silicon`, without MPS unless `env` says otherwise, and return its answer."""
     if env is not None:
-        return answer(begin(what, env, **arguments))
+        return answer(begin(what, env, **arguments), timeout_s)
     with alone() as own:
-        return answer(begin(what, own, **arguments))
+        return answer(begin(what, own, **arguments), timeout_s)
 
 
 def _mps_steps(target: Target) -> list[Step]:

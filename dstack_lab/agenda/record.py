@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from dstack_lab.provenance import Provenance, today
 
 #: A step that failed in this many calls is not tried again.
 MOST_TRIES = 2
+#: Size of an archive at most [MiB].
+MOST_MIB = 12
 #: What makes records of two calls comparable.
 SAME = ("device", "torch", "driver")
 
@@ -139,6 +142,13 @@ class Record:
             self.calls[-1]["seconds"] = round(time.monotonic() - self.begin_s, 1)
             self.save()
 
+    def refuse(self, lacking: Mapping[str, str]) -> None:
+        """Book what cannot be measured here at all, and why: mechanism -> sentence."""
+        self.steps = {name: entry for name, entry in self.steps.items() if not entry.get("refused")}  # perhaps it can be had now
+        for name, why in lacking.items():
+            self.steps[name] = {"state": "failed", "tries": MOST_TRIES, "error": why, "refused": True}
+            self.say(f"without {name}: {why}")
+
     def _do(self, step: Step) -> None:
         entry, begin = self.steps[step.name], time.monotonic()
         self.say(f"{step.name} ...")
@@ -165,6 +175,28 @@ class Record:
             rows = rows.assign(step=step)
         with whole_file(self.table_path(table)) as path:
             rows.to_csv(path, index=False, lineterminator="\n")
+
+    def pack(self, archive: str, name: str, content: bytes) -> bool:
+        """Put a file into ``DEVICE-ARCHIVE.zip``, in place of one of that name; an item leaves few files that way.
+
+        Returns
+        -------
+        bool
+            False if the archive would pass `MOST_MIB`: it is left as it was, and that is said.
+        """
+        path = self.folder / f"{self.device}-{archive}.zip"
+        kept: dict[str, bytes] = {}
+        if path.exists():
+            with zipfile.ZipFile(path) as old:
+                kept = {known: old.read(known) for known in old.namelist()}
+        kept[name] = content
+        if sum(map(len, kept.values())) > MOST_MIB * 2**20:
+            self.say(f"{name} is not kept: {path.name} would pass {MOST_MIB} MiB")
+            return False
+        with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as new:  # what is packed is compressed already
+            for known in sorted(kept):
+                new.writestr(zipfile.ZipInfo(known), kept[known])
+        return True
 
     def table_path(self, table: str) -> Path:
         """File of a table."""

@@ -26,6 +26,8 @@ LOW, HIGH = 40, 60
 BATCHES = (1, 4, 8)
 #: Part of what can be served at the lower share; SLO in service times of the largest batch there.
 LOAD, SLO_TIMES = 0.6, 4
+#: Longest wait for the workers of a run [s].
+START_S = 120.0
 #: Requests that come up to this long after a switch count as those that it may have delayed [ms].
 AFTER_MS = 500.0
 
@@ -87,7 +89,8 @@ def _unit(target: Target, record: Record, mechanism: str, way: str, model: str) 
         seconds = (4.0 if target.quick else 20.0) if way == "ready" else (15.0 if target.quick else 40.0)
         parts = (0.2, 0.4, 0.6, 0.8) if way == "ready" else (0.2,)
         times_ms = [1000 * seconds * part for part in parts]
-        trace = run_for_real(plan, Resizes(low, high, times_ms, way == "ready"), device, 1000 * seconds, seed=1)
+        policy = Resizes(low, high, times_ms, way == "ready")
+        trace = run_for_real(plan, policy, device, 1000 * seconds, seed=1, start_timeout_s=START_S)
         found = switches(trace, model, times_ms)
         require(len(found) > 0, "switches", 0, f"1 or more within {seconds:g} s: no batch ran at the other share")
         head: dict[str, Any] = {"mechanism": mechanism, "way": way, "model": model}

@@ -20,15 +20,40 @@ from dstack_lab.devices.green_driver import Driver, torch_with_cuda
 from dstack_lab.devices.green_ledger import SmLedger
 from dstack_lab.devices.green_smid import BLOCKS_PER_SM, CYCLES, MOST_SMS, SOURCE, THREADS
 
+#: Longest wait for the child of a child [s].
+IPC_S = 60
+
+
+def start() -> dict[str, Any]:
+    """How long torch and CUDA take to start, the first time from a cold disk [s], and what they are."""
+    begin = time.perf_counter()
+    torch = torch_with_cuda()
+    imported = time.perf_counter()
+    torch.zeros(1, device="cuda").add_(1).cpu()
+    opened, gpu = time.perf_counter(), torch.cuda.get_device_properties(0)
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    found |= {"cudnn": torch.backends.cudnn.version(), "architectures": torch.cuda.get_arch_list()}
+    found |= {"gpu": gpu.name, "capability": [gpu.major, gpu.minor], "sms": gpu.multi_processor_count}
+    found |= {"memory_mib": gpu.total_memory / 2**20, "import_s": imported - begin, "cuda_s": opened - imported}
+    try:
+        torch.cuda._compile_kernel(SOURCE, "where")
+        found["compile_s"] = time.perf_counter() - opened
+    except Exception as error:  # then the other questions that need %smid have no answer
+        found["no_smid"] = f"{type(error).__name__}: {error}"
+    return found
+
 
 def sms(seconds: float = 0.5, at: float = 0.0) -> dict[str, Any]:
     """Which SMs this process's kernels run on, from the moment `at` of the machine's clock on."""
     torch = torch_with_cuda()
     from dstack_lab.cuda_backend import under_mps
 
-    kernel = torch.cuda._compile_kernel(SOURCE, "where")
     seen = torch.zeros(MOST_SMS, dtype=torch.int32, device="cuda")
     granted = torch.cuda.get_device_properties(0).multi_processor_count
+    try:
+        kernel = torch.cuda._compile_kernel(SOURCE, "where")
+    except Exception as error:  # the number of SMs is worth knowing without their names
+        return {"mps": under_mps(), "sms": granted, "seen": [], "no_smid": f"{type(error).__name__}: {error}"}
     _spin(torch, kernel, seen, granted, 0.0)
     seen.zero_()
     torch.cuda.synchronize()
@@ -68,7 +93,9 @@ def spin(lease_sms: int = 0, seconds: float = 2.0) -> dict[str, Any]:
     torch.cuda.synchronize()
     whole = torch.cuda.get_device_properties(0).multi_processor_count
     with torch.cuda.stream(stream):
+        _spin(torch, kernel, seen, whole, 0.0)
         begin = time.monotonic()
+        print(json.dumps({"begin": begin}), flush=True)  # whoever waits for it samples from now on
         _spin(torch, kernel, seen, whole, seconds)
     return {"sms": granted or whole, "seen": int((seen.cpu() > 0).sum()), "begin": begin, "end": time.monotonic()}
 
@@ -131,40 +158,45 @@ def graph() -> dict[str, Any]:
     found: dict[str, Any] = {"granted": lease.sms, "seen_eager": len(own)}
     for name, options in (("with_stream", {"stream": lease.stream}), ("without_stream", {})):
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(lease.stream), torch.cuda.graph(captured, capture_error_mode="thread_local", **options):
-            launch()
+        try:
+            with torch.cuda.stream(lease.stream), torch.cuda.graph(captured, capture_error_mode="thread_local", **options):
+                launch()
+        except Exception as error:  # the other way may work
+            found[name] = f"{type(error).__name__}: {error}"
+            continue
         for place, stream in (("own", lease.stream), ("other", other.stream), ("default", torch.cuda.default_stream())):
             there = set(where(stream, captured.replay))
             found[f"{name}_replayed_on_{place}"] = {"sms": len(there), "inside_lease": there <= own}
     return found
 
 
-def ipc() -> dict[str, Any]:
-    """Whether a child of this process reads a CUDA tensor of its, without a copy."""
+def ipc(device: str = "cuda") -> dict[str, Any]:
+    """Whether a child of this process reads a tensor of its, without a copy."""
     torch = torch_with_cuda()
     import torch.multiprocessing as processes
 
     context = processes.get_context("spawn")
     there, back = context.Queue(), context.Queue()
-    tensor = torch.arange(1000, device="cuda", dtype=torch.float32)
+    tensor = torch.arange(1000, device=device, dtype=torch.float32)
     child = context.Process(target=_ipc_child, args=(there, back))
     begin = time.perf_counter()
     child.start()
     there.put(tensor)
-    total = back.get(timeout=90)
-    torch.cuda.synchronize()
+    total = back.get(timeout=IPC_S)
+    if device == "cuda":
+        torch.cuda.synchronize()
     written = float(tensor[0].item())  # the child wrote -1 there: the memory is one
     there.put("done")
-    child.join(30)
+    child.join(10)
     return {"sum": total, "right": total == 499500.0, "shared": written == -1.0, "seconds": time.perf_counter() - begin}
 
 
 def _ipc_child(there: Any, back: Any) -> None:
-    tensor = there.get(timeout=90)
+    tensor = there.get(timeout=IPC_S)
     total = float(tensor.sum().item())
     tensor[0] = -1
     back.put(float(tensor[0].item()) + total + 1)  # waits for the write
-    there.get(timeout=90)
+    there.get(timeout=IPC_S)
 
 
 def kineto() -> dict[str, Any]:
@@ -189,7 +221,7 @@ def kineto() -> dict[str, Any]:
 
 
 ALL: dict[str, Callable[..., dict[str, Any]]] = {
-    one.__name__: one for one in (sms, spin, green_cost, layout, graph, ipc, kineto, trace)
+    one.__name__: one for one in (start, sms, spin, green_cost, layout, graph, ipc, kineto, trace)
 }
 
 

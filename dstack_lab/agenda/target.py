@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,10 +37,13 @@ class Target:
     kind : {"gpu", "mps", "green", "cpu"}
     quick : bool
         Small grids and short times, to try the whole path.
+    without : tuple of str
+        Mechanisms that cannot be had here after all (see `usable`).
     """
 
     kind: str = "gpu"
     quick: bool = False
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "device", self.kind, f"one of {', '.join(KINDS)}")
@@ -53,7 +56,31 @@ class Target:
     @property
     def mechanisms(self) -> tuple[str, ...]:
         """Devices to measure on, the reference first."""
-        return ("mps", "green") if self.kind == "gpu" else (self.kind,)
+        every = ("mps", "green") if self.kind == "gpu" else (self.kind,)
+        return tuple(mechanism for mechanism in every if mechanism not in self.without)
+
+    def usable(self) -> tuple[Target, dict[str, str]]:
+        """Try each mechanism once: return the target without those that cannot be had, and why they cannot.
+
+        Starts the MPS daemon, which `stop` ends.
+
+        Raises
+        ------
+        RuntimeError
+            If none is left.
+        """
+        why = {}
+        for mechanism in self.mechanisms:
+            try:
+                device: Any = self.device(mechanism)
+                device.shares()
+                if mechanism == "mps":
+                    device.prepare()
+            except (ValueError, RuntimeError, OSError) as error:
+                why[mechanism] = f"{type(error).__name__}: {error}"
+        if len(why) == len(self.mechanisms):
+            raise RuntimeError("; ".join(f"{mechanism} cannot be used: {text}" for mechanism, text in why.items()))
+        return replace(self, without=(*self.without, *why)), why
 
     def device(self, mechanism: str, **options: Any) -> Device:
         """Return a device of one of `mechanisms`."""

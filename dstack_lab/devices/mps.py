@@ -218,6 +218,10 @@ class Mps:
     def _key(self) -> tuple[int, str | None]:
         return self.device, os.environ.get("CUDA_VISIBLE_DEVICES")
 
+    def prepare(self) -> None:
+        """Start the daemon now, which else the first worker does."""
+        self._daemon()
+
     def stop(self) -> None:
         """Quit the daemon and wait for its end. Without one, or twice, is fine."""
         with _LOCK:

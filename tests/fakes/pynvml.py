@@ -86,6 +86,10 @@ def nvmlGpmSampleAlloc():
     return SimpleNamespace(at=None)
 
 
+def nvmlGpmSampleFree(sample):
+    assert sample.at is not None
+
+
 def nvmlGpmSampleGet(gpu, sample):
     sample.at = time.monotonic()
 

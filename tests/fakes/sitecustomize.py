@@ -1,4 +1,7 @@
-"""On a worker's path: its GPU backend becomes one that computes nothing and tells what it was given."""
+"""On a worker's path: its GPU backend becomes one that computes nothing and tells what it was given.
+
+With $FAKE_GREEN that of green contexts too, and batches take as long as on some GPU.
+"""
 
 import os
 import sys
@@ -6,7 +9,10 @@ import time
 import types
 from pathlib import Path
 
-from dstack_lab.devices.parameter_map import ended_after
+
+def pace_s(model, batch, gpu_pct):
+    """Service time of a network that is as large as its name is long, and can use up to 20 % for each request."""
+    return 1e-3 * len(model) * (0.2 + 0.1 * batch) * 100 / min(gpu_pct, 20 * batch, 100)
 
 
 class FakeCuda:
@@ -22,8 +28,11 @@ class FakeCuda:
         self.fail()
         granted = round(float(env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]) * 132 / 100 - 0.5) // 2 * 2
         granted += int(os.environ.get("FAKE_EXTRA_SMS", "0"))
+        self.granted = granted
         told = {"granted_sms": granted, "mps": os.environ.get("FAKE_OUTSIDE") is None, "env": env}
         if os.environ.get("FAKE_HANG"):  # as a driver that never maps a block
+            from dstack_lab.devices.parameter_map import ended_after
+
             with ended_after(1):
                 time.sleep(60)
         why = os.environ.get("FAKE_UNSHARED")
@@ -45,10 +54,25 @@ class FakeCuda:
 
     def run(self, inputs):
         self.fail()
-        time.sleep(0.002)
+        time.sleep(0.002 if "FAKE_GREEN" not in os.environ else pace_s(self.options.model, len(inputs), self.granted / 1.32))
         return [[i, 0.0] for i in inputs]
 
 
 module = types.ModuleType("dstack_lab.cuda_backend")
 module.CudaBackend = FakeCuda
 sys.modules["dstack_lab.cuda_backend"] = module
+
+if "FAKE_GREEN" in os.environ:
+    sys.path.append(str(Path(__file__).parent / "green"))
+    from fake_cuda import Sleeper
+
+    from dstack_lab.devices import green_backend
+
+    class Paced(Sleeper):
+        def run(self, inputs):
+            self.path = "graph" if self.options.graphs and self.groups in self.homes else "eager"
+            with self.hold():
+                time.sleep(pace_s(self.options.model, len(inputs), self.ledger.context(self.groups).sms / 1.32))
+            return [[i, 0.5] for i in inputs]
+
+    green_backend.GreenBackend = Paced
