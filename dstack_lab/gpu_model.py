@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from dstack_lab import knees
 from dstack_lab.brackets import bracket
@@ -100,7 +100,7 @@ class GpuModel:
         b, g = _checked(batch, gpu_pct)
         spread = self._correction.spread(b.ravel(), g.ravel()).reshape(b.shape)
         # few points say little about their own spread, which Student's t makes up for
-        wide = student_t.ppf((1 + level) / 2, max(3, len(self._correction.at) // 2))
+        wide = stdtrit(max(3, len(self._correction.at) // 2), (1 + level) / 2)
         below, above = self.room(b, g)
         half = wide * np.sqrt(spread**2 + self._correction.noise**2 + (CB * (below + above)) ** 2 / 12)
         middle = self._table.log(b, g)

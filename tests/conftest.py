@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# A parser that jsonschema builds for a check nobody needs here, in more than a second (see figures/light_import.py).
+sys.modules.setdefault("rfc3987_syntax", None)
 
 # Examples are timed by hypothesis, and a busy machine is slow without being wrong.
 # On a CI server the examples are the same every time: a change is judged there, luck is not; elsewhere they are new.

@@ -135,6 +135,13 @@ def test_importing_the_package_is_light():
     assert {"torch", "torchvision", "scipy", *ABSENT}.isdisjoint(loaded)
 
 
+def test_figures_and_panels_bring_nothing_slow_along():
+    code = "import sys, dstack_lab as lab; lab.panels.KneeExplorer; print(*sys.modules); import rfc3987_syntax"
+    loaded = fresh_python(code).split()
+    assert {"torch", "torchvision", "matplotlib", "numba", "scipy.stats", "rfc3987_syntax"}.isdisjoint(loaded)
+    assert {"plotly", "ipywidgets", "scipy.optimize"} <= set(loaded)
+
+
 def test_measuring_path_needs_no_notebook_packages():
     """Every room that a GPU server uses imports where figures, notebooks and progress bars are not installed."""
     assert fresh_python(f"""

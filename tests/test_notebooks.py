@@ -36,6 +36,7 @@ def nbval(path: Path, scratch: Path, library: Path | None = None) -> SimpleNames
     options = "-q -p no:cacheprovider -p conftest -p nbval.plugin --nbval --nbval-current-env"
     options += " --nbval-cell-timeout 120 --nbval-kernel-startup-timeout 120"
     environment = os.environ | {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # only what `options` name
         "IPYTHONDIR": str(scratch),  # not the reader's own start-up files
         "JUPYTER_RUNTIME_DIR": str(scratch),
         "PYTHONPATH": os.pathsep.join(map(str, [*([library] if library else []), Path(__file__).parent])),  # for `-p conftest`

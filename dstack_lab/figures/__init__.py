@@ -3,6 +3,9 @@
 `save` writes any of them as PNG or SVG, byte for byte the same on every run.
 """
 
+from dstack_lab.figures import light_import  # noqa: F401  # before all others, which import plotly
+
+# isort: split
 from dstack_lab.figures.anatomies import anatomy
 from dstack_lab.figures.choices import choices, choose
 from dstack_lab.figures.costs import batches
