@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from dstack_lab.checks import positive, require
 from dstack_lab.exercises.base import Verdict, right, wrong
@@ -77,24 +78,17 @@ def check_beats(
         Of the runs [ms].
     """
     positive("ratio", ratio)
-    rival, seeds = Temporal(drop_late=True) if rival is None else rival, tuple(seeds)
-    plan = plan_for(services, profile, "efficacy")
-    runs = play(answer, plan, seeds, duration_ms)
-    if isinstance(runs, Verdict):
-        return runs
-    theirs = [goodput_rps(simulate(plan, rival, duration_ms, seed)) for seed in seeds]
-    require(sum(theirs) > 0, "rival", rival.name, "a policy that answers something in time")
-    mine = [goodput_rps(run) for run in runs]
-    reached = sum(mine) / sum(theirs)
-    if reached >= ratio:
-        least = min(a / b for a, b in zip(mine, theirs, strict=True) if b > 0)
-        return right(
-            f"{reached:.2f} times {rival.name}'s goodput over {len(seeds)} seeds; {least:.2f} times in the worst of them."
-        )
-    worst, kept = lost(runs, services)
+    duel = _duel(answer, services, profile, rival, seeds, duration_ms)
+    if isinstance(duel, Verdict):
+        return duel
+    if duel.reached >= ratio:
+        least = min(a / b for a, b in zip(duel.mine, duel.theirs, strict=True) if b > 0)
+        over = f"over {len(duel.mine)} seeds; {least:.2f} times in the worst of them."
+        return right(f"{duel.reached:.2f} times {duel.rival}'s goodput {over}")
+    worst, kept = lost(duel.runs, services)
     return wrong(
-        f"{reached:.2f} times {rival.name}'s goodput, and {ratio:g} are asked for. "
-        f"{worst} fares worst: {kept:.1%} within SLO. {_why(runs, worst)}"
+        f"{duel.reached:.2f} times {duel.rival}'s goodput, and {ratio:g} are asked for. "
+        f"{worst} fares worst: {kept:.1%} within SLO. {_why(duel.runs, worst)}"
     )
 
 
@@ -126,27 +120,52 @@ def check_fair(
     seeds, duration_ms
         Of the runs [ms].
     """
+    duel = _duel(answer, services, profile, rival, seeds, duration_ms)
+    if isinstance(duel, Verdict):
+        return duel
+    times = [gpu_time(run).reindex([s.name for s in services], fill_value=0.0) for run in duel.runs]
+    indices = [jain(time) for time in times]
+    if min(indices) < fairness:
+        least = str(times[indices.index(min(indices))].idxmin())
+        return wrong(
+            f"Jain's index of GPU time falls to {min(indices):.3f}; {fairness:g} is asked for. {least} received least: "
+            "let whoever received least GPU%·ms so far go first, and let nobody pass it for long."
+        )
+    if duel.reached < part:
+        worst, _ = lost(duel.runs, services)
+        return wrong(
+            f"It is fair (Jain's index {min(indices):.3f}), but its goodput is only {duel.reached:.2f} times {duel.rival}'s; "
+            f"{part:g} times is asked for. {_why(duel.runs, worst)}"
+        )
+    return right(f"Jain's index is {min(indices):.3f} or more on every seed, at {duel.reached:.2f} times {duel.rival}'s goodput.")
+
+
+class _Duel(NamedTuple):
+    """Runs of a reader's policy, and the goodputs [requests/s] of it and of its rival, seed by seed."""
+
+    runs: list[Trace]
+    mine: list[float]
+    theirs: list[float]
+    rival: str
+
+    @property
+    def reached(self) -> float:
+        """Goodput over the rival's, all seeds together."""
+        return sum(self.mine) / sum(self.theirs)
+
+
+def _duel(
+    answer: object, services: Sequence[Service], profile: Profile, rival: Policy | None, seeds: Iterable[int], duration_ms: float
+) -> _Duel | Verdict:
+    """Let a policy and its rival serve the same requests; a verdict says what disqualifies the policy."""
     rival, seeds = Temporal(drop_late=True) if rival is None else rival, tuple(seeds)
     plan = plan_for(services, profile, "efficacy")
     runs = play(answer, plan, seeds, duration_ms)
     if isinstance(runs, Verdict):
         return runs
-    indices = [jain(gpu_time(run).reindex([s.name for s in services], fill_value=0.0)) for run in runs]
-    if min(indices) < fairness:
-        time = gpu_time(runs[indices.index(min(indices))])
-        least = str(time.reindex([s.name for s in services], fill_value=0.0).idxmin())
-        return wrong(
-            f"Jain's index of GPU time falls to {min(indices):.3f}; {fairness:g} is asked for. {least} received least: "
-            "let whoever received least GPU%·ms so far go first, and let nobody pass it for long."
-        )
-    reached = sum(map(goodput_rps, runs)) / sum(goodput_rps(simulate(plan, rival, duration_ms, seed)) for seed in seeds)
-    if reached < part:
-        worst, _ = lost(runs, services)
-        return wrong(
-            f"It is fair (Jain's index {min(indices):.3f}), but its goodput is only {reached:.2f} times {rival.name}'s; "
-            f"{part:g} times is asked for. {_why(runs, worst)}"
-        )
-    return right(f"Jain's index is {min(indices):.3f} or more on every seed, at {reached:.2f} times {rival.name}'s goodput.")
+    theirs = [goodput_rps(simulate(plan, rival, duration_ms, seed)) for seed in seeds]
+    require(sum(theirs) > 0, "rival", rival.name, "a policy that answers something in time")
+    return _Duel(runs, [goodput_rps(run) for run in runs], theirs, rival.name)
 
 
 def goodput_rps(run: Trace) -> float:

@@ -54,10 +54,8 @@ def loads(table: pd.DataFrame, metric: str = "bound_ratio", service: str = ALL, 
     ValueError
         If a column is missing, or the metric or service unknown.
     """
-    rows = _rows(table, metric, TITLES, service)
-    policies = list(dict.fromkeys(rows["policy"]))
+    rows, policies, origin = _rows(table, metric, TITLES, service)
     what = "all services" if service == ALL else style.plain(service)
-    origin = origin_of(rows, None, policies, int(rows["seeds"].max()))
     made = style.figure(f"{TITLES[metric].split(' [')[0]} against load, {what}", origin, width=width, height=470, right=RIGHT)
     x = rows["bound_load"].to_numpy()
     made.update_xaxes(style.axis("Offered load [part of the bound]", range=[x.min() - 0.03, x.max() + 0.03]))
@@ -115,11 +113,9 @@ def gains(table: pd.DataFrame, metric: str = "slo_attainment_gain", service: str
     ValueError
         If a column is missing, the metric or service unknown, or there are several loads.
     """
-    rows = _rows(table, metric, GAINS, service)
+    rows, names, origin = _rows(table, metric, GAINS, service)
     several = sorted(set(rows["load"]))
     require(len(several) == 1, "loads in table", several, "one: choose with table[table['load'] == ...]")
-    names = list(rows["policy"])
-    origin = origin_of(rows, None, names, int(rows["seeds"].max()))
     over, load = table.attrs.get("baseline", "the baseline"), rows["bound_load"].iloc[0]
     title = f"{GAINS[metric].split(' [')[0]} over {over}, load {load:.2g} of the bound"
     left = 26 + 8 * max(map(len, names))
@@ -148,12 +144,13 @@ def gains(table: pd.DataFrame, metric: str = "slo_attainment_gain", service: str
     return made
 
 
-def _rows(table: pd.DataFrame, metric: str, known: dict[str, str], service: str) -> pd.DataFrame:
-    """Rows of one service, checked."""
+def _rows(table: pd.DataFrame, metric: str, known: dict[str, str], service: str) -> tuple[pd.DataFrame, list[str], str]:
+    """Rows of one service, checked; the policies in them; and where they come from."""
     require(metric in known, "metric", metric, f"one of {', '.join(known)}")
     require(isinstance(table, pd.DataFrame), "table", type(table).__name__, "a pandas DataFrame of lab.compare")
     need = ["policy", "load", "bound_load", "service", "seeds", metric, f"{metric}_low", f"{metric}_high"]
     require(set(need) <= set(table.columns), "table columns", list(table.columns), f"at least {need}")
     rows = table[table["service"] == service]
     require(len(rows) > 0, "service", service, f"one of {list(dict.fromkeys(table['service']))}")
-    return rows
+    policies = list(dict.fromkeys(rows["policy"]))
+    return rows, policies, origin_of(rows, None, policies, int(rows["seeds"].max()))
