@@ -123,7 +123,25 @@ def test_the_puzzle_has_one_fault_of_each_kind():
             refused(exercises.check_broken_periods({**right, name: word}, cases, services), name)
     refused(exercises.check_broken_periods(dict.fromkeys(cases, ...), cases, services), "no answer yet")
     refused(exercises.check_broken_periods({**right, "A": "bad"}, cases, services), "A: the word is one of")
-    refused(exercises.check_broken_periods(["ok"] * 4, cases, services), "Give a dict")
+    refused(exercises.check_broken_periods(["ok"] * 3, cases, services), "Give a dict")
+    refused(exercises.check_broken_periods(dict.fromkeys(cases, True), cases, services), "A: the word is one of")
+    refused(exercises.check_broken_periods(dict.fromkeys(cases, ""), cases, services), "A: the word is one of")
+
+
+@pytest.mark.parametrize("answer", [["ok", "late", "overlap", "over"], "ok, too late, overlap, over", "ok late overlap over"])
+def test_words_may_come_in_the_order_of_the_cases(answer):
+    cases, services = exercises.period_puzzle()
+    verdict = exercises.check_broken_periods(answer, cases, services)
+    assert bool(verdict) == ("too" not in answer)  # five words for four cases
+    spoken = {"A": "ok", "B": "too late", "C": "They overlap", "D": "over"}
+    assert exercises.check_broken_periods(spoken, cases, services)
+
+
+@pytest.mark.parametrize(("case", "word"), [("A", "late"), ("A", "over"), ("B", "overlap"), ("D", "overlap")])
+def test_a_rule_that_is_kept_is_said_to_be_kept(case, word):
+    cases, services = exercises.period_puzzle()
+    right = {"A": "ok", "B": "late", "C": "overlap", "D": "over"}
+    refused(exercises.check_broken_periods({**right, case: word}, cases, services), FAULTS[word])
 
 
 @given(st.lists(st.floats(0.1, 1e6), min_size=2, max_size=8))
@@ -136,6 +154,7 @@ def test_jain_by_its_formula(amounts):
 def test_likely_slips_of_jain_have_their_hints():
     assert exercises.check_jain(0.725, [60, 30, 10])
     refused(exercises.check_jain(100**2 / 4600, [60, 30, 10]), "Divide by 3")
+    refused(exercises.check_jain(72.5, [60, 30, 10]), "fraction from 0 to 1")
     refused(exercises.check_jain(1 / 6, [60, 30, 10]), "least over the most")
     refused(exercises.check_jain(3 * 4600 / 100**2, [60, 30, 10]), "Upside down")
     refused(exercises.check_jain(100 / (3 * 4600), [60, 30, 10]), "Square the sum")
@@ -324,8 +343,29 @@ def test_different_ways_to_beat_temporal_pass(make, heavy, profile):
 
 
 def test_ratios_are_those_of_the_goodputs(light, profile):
-    assert exercises.check_beats(lab.Temporal(drop_late=True), light, profile, 1.0, **SHORT)
+    assert exercises.check_beats(lab.Temporal(drop_late=True), light, profile, 0.99, **SHORT)
     refused(exercises.check_beats(lab.Temporal(drop_late=True), light, profile, 1.01, **SHORT), "1.00 times Temporal's")
+
+
+def test_a_policy_cannot_beat_itself(heavy, profile):
+    rival = lab.DStack(reject=True)
+    refused(
+        exercises.check_beats(lab.DStack(reject=True), heavy, profile, 1.0, rival=rival, **SHORT), "a draw, as against itself"
+    )
+
+
+def test_answers_that_come_a_little_late_are_measured(too_much, profile):
+    class Hopeful(lab.Policy):
+        """Drops nothing: the queue grows, and all are served a little too late."""
+
+        def decide(self, state):
+            ready = [s for s in state.services if s.ready and not s.in_flight]
+            if not ready or state.free_pct < 100:
+                return []
+            first = min(ready, key=lambda s: s.oldest_deadline_ms)
+            return [lab.Launch(first.name, 100, first.queued(first.batch))]
+
+    refused(exercises.check_beats(Hopeful(), too_much, profile, 3.0, **SHORT), "answered too late, half of those by", "batch")
 
 
 @pytest.mark.parametrize("make", [Lanes, LeastServed, lambda: lab.DStack(reject=True)])
@@ -360,6 +400,14 @@ def test_likely_slips_of_an_interval_have_their_hints():
     refused(exercises.check_interval(2 * half, x), "whole width")
     refused(exercises.check_interval(half * math.sqrt(5), x), "single run")
     refused(exercises.check_interval(half * math.sqrt(4 / 5), x), "n - 1")
+    refused(exercises.check_interval(np.mean(x), x), "mean itself")
+    refused(exercises.check_interval(stats.t.ppf(0.95, 4) * s / math.sqrt(5), x), "two sides")
+    refused(exercises.check_interval(stats.t.ppf(0.975, 5) * s / math.sqrt(5), x), "4 degrees of freedom")
+    refused(exercises.check_interval(np.std(x), x), "n - 1 = 4", "single runs")
+    refused(exercises.check_interval(np.std(x) / math.sqrt(5), x), "n - 1 = 4", "quantile")
+    refused(exercises.check_interval(1.96 * np.std(x) / math.sqrt(5), x), "n - 1 = 4", "many runs")
+    refused(exercises.check_interval((min(x), max(x)), x), "worst and the best")
+    refused(exercises.check_interval((np.mean(x) + 0.3 - half, np.mean(x) + 0.3 + half), x), "middle")
     refused(exercises.check_interval((10, 11), x), "middle")
     refused(exercises.check_interval((..., ...), x), "no answer yet")
     with pytest.raises(ValueError, match="values"):
@@ -374,7 +422,8 @@ def test_a_baseline_wins_where_fairness_costs(profile):
     ("policy", "load", "words"),
     [
         (lab.Uncontrolled(), 0.8, "What does D-STACK pay"),
-        (lab.Uncontrolled(), 0.3, "ask for more"),
+        (lab.Uncontrolled(), 0.3, "nobody can be clearly better"),
+        (lab.Temporal(), 4.0, "go nearer to 1"),
         (lab.DStack(), 0.8, "D-STACK itself"),
         (lab.AdaptiveDStack(), 0.8, "D-STACK itself"),
         (DropsAll(), 0.8, "launches none"),
@@ -388,6 +437,7 @@ def test_no_win_is_explained(policy, load, words, profile):
 def test_a_race_needs_a_pair_and_services(profile):
     refused(exercises.check_baseline_wins(..., profile), "no answer yet")
     refused(exercises.check_baseline_wins(lab.Temporal(), profile), "Give a pair")
+    refused(exercises.check_baseline_wins((lab.workload("C-2", profile), lab.Temporal()), profile), "other way round")
     refused(exercises.check_baseline_wins((lab.Temporal(), ["C-4"]), profile), "list of lab.Service")
     unknown = [lab.Service("bert", 50, lab.Poisson(10))]
     refused(exercises.check_baseline_wins((lab.Temporal(), unknown), profile), "does not know bert")
@@ -403,7 +453,10 @@ def test_errors_are_relative_to_what_was_recorded():
     refused(exercises.check_error(-0.25, 40, 50), "sign")
     refused(exercises.check_error(0.2, 40, 50), "Relative to what was recorded")
     refused(exercises.check_error(10, 40, 50), "difference")
+    refused(exercises.check_error(-10, 40, 50), "sign is that of the recording")
     refused(exercises.check_error(1.25, 40, 50), "ratio")
+    refused(exercises.check_error(0.8, 40, 50), "upside down")
+    assert exercises.check_error("\N{MINUS SIGN}20 %", 50, 40)
     refused(exercises.check_error(25, 40, 50), "fraction")
 
 
@@ -415,6 +468,19 @@ def test_the_scatter_of_the_recording_is_found(plan, profile):
     refused(exercises.check_scatter(1.5, *args), "scatter less")
     refused(exercises.check_scatter(50, *args), "A fraction")
     refused(exercises.check_scatter(-1, *args), "above 0")
+
+
+def test_the_puzzle_of_scatter_can_be_found_by_its_hints(profile):
+    """Halving an interval by "more" and "less" leads to an answer that passes."""
+    plan = lab.optimize(lab.workload("C-2", profile, load=0.5), profile)
+    recorded = exercises.scatter_puzzle(plan)
+    low, high, verdict, tries = 0.0, 2.0, None, 0
+    while not verdict:
+        cv, tries = (low + high) / 2, tries + 1
+        verdict = exercises.check_scatter(cv, recorded, profile, lab.Temporal(), plan)
+        low, high = (cv, high) if "more" in verdict.message else (low, cv)
+        assert tries < 8, verdict
+    assert exercises.check_scatter(0.6, recorded, profile, lab.Temporal(), plan)
 
 
 # ---- clusters -------------------------------------------------------------------------------------------------------
@@ -458,3 +524,29 @@ def test_a_placement_that_does_not_work_is_explained(seven):
     refused(exercises.check_assignment({**one, "vgg19": "gpu9"}, seven, cluster), "vgg19: name one or more of gpu0")
     refused(exercises.check_assignment({**one, "vgg19": ...}, seven, cluster), "no answer yet")
     refused(exercises.check_assignment({"vgg19": "gpu0"}, seven, cluster), "entry for each")
+
+
+def test_a_placement_may_be_said_by_gpu_or_in_percent(seven):
+    cluster, names = lab.Cluster(gpus=3), [s.name for s in seven]
+    turns = {name: f"gpu{i % 3}" for i, name in enumerate(names)}
+    assert exercises.check_assignment(turns, seven, cluster)
+    by_gpu = {gpu: [name for name in names if turns[name] == gpu] for gpu in cluster.names}
+    assert exercises.check_assignment(by_gpu, seven, cluster)
+    assert exercises.check_assignment({**turns, "vgg19": {"gpu1": 50, "gpu2": 50}}, seven, cluster)
+    by_gpu["gpu0"] = [name for name in by_gpu["gpu0"] if name != "resnet50"]
+    refused(exercises.check_assignment(by_gpu, seven, cluster), "entry for each")
+    refused(exercises.check_assignment({**turns, "vgg19": {"gpu0": 50, "gpu1": 20}}, seven, cluster), "sum to 70")
+
+
+def test_a_placement_may_be_asked_to_be_even(seven):
+    cluster = lab.Cluster(gpus=3)
+    turns = {s.name: f"gpu{i % 3}" for i, s in enumerate(seven)}
+    found = lab.place(seven, cluster)
+    peak = lab.place([s for s in seven if turns[s.name] == "gpu0"], lab.Cluster(gpus=1)).peak_pct
+    refused(
+        exercises.check_assignment(turns, seven, cluster, most_pct=66), f"gpu0 needs {peak:.1f} GPU%", "at most 66", "needs only"
+    )
+    assert exercises.check_assignment(turns, seven, cluster, most_pct=80)
+    assert exercises.check_assignment(found, seven, cluster, most_pct=66)
+    with pytest.raises(ValueError, match="most_pct"):
+        exercises.check_assignment(turns, seven, cluster, most_pct=0)

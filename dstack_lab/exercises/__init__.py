@@ -7,7 +7,7 @@ from dstack_lab.exercises.knees import check_knee, check_smi_utilization, check_
 from dstack_lab.exercises.own_policy import check_beats, check_fair, check_policy
 from dstack_lab.exercises.queues import check_load, check_rate_for_wait, check_wait
 from dstack_lab.exercises.races import check_baseline_wins, check_interval
-from dstack_lab.exercises.reality import check_error, check_scatter
+from dstack_lab.exercises.reality import check_error, check_scatter, scatter_puzzle
 from dstack_lab.exercises.schedules import check_broken_periods, check_jain, check_worst_latency, period_puzzle
 from dstack_lab.exercises.sharing import check_beside, check_slices
 
@@ -40,4 +40,5 @@ __all__ = [
     "check_waves",
     "check_worst_latency",
     "period_puzzle",
+    "scatter_puzzle",
 ]

@@ -80,7 +80,7 @@ def as_number(answer: object) -> float | None:
     ``"12.5 ms"`` count; a truth value, and more or fewer numbers than one, do not.
     """
     if isinstance(answer, str):
-        words = answer.replace("%", " ").split()
+        words = answer.replace("%", " ").replace("\N{MINUS SIGN}", "-").split()
         try:
             return float(words[0]) if 1 <= len(words) <= 2 else None
         except ValueError:

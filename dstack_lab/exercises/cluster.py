@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dstack_lab.arrivals import Poisson
-from dstack_lab.checks import count, require
+from dstack_lab.checks import count, percent, require
 from dstack_lab.cluster import Cluster, Placement, cluster_bound, place
 from dstack_lab.cluster.demand import demands, plan_gpu
 from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_number, graded, right, unanswered, wrong
@@ -47,8 +47,8 @@ def check_fewest_gpus(answer: object, services: Sequence[Service], method: str, 
     return graded(answer, truth, "", why, mistakes, hint, rel=1e-9)
 
 
-def check_assignment(answer: object, services: Sequence[Service], cluster: Cluster) -> Verdict:
-    """Judge a placement made by hand: every request has a GPU, and every GPU can be scheduled by D-STACK.
+def check_assignment(answer: object, services: Sequence[Service], cluster: Cluster, most_pct: float = 100.0) -> Verdict:
+    """Judge a placement made by hand: every request has a GPU, every GPU can be scheduled by D-STACK, and none is too full.
 
     Every placement that works is right, whichever way it was found.
 
@@ -56,15 +56,18 @@ def check_assignment(answer: object, services: Sequence[Service], cluster: Clust
     ----------
     answer : mapping of str to str, or to mapping of str to number, or Placement
         For each service its GPU, or the part of its requests on each of several, such as
-        ``{"a": "gpu0", "b": {"gpu0": 0.5, "gpu1": 0.5}}``.
+        ``{"a": "gpu0", "b": {"gpu0": 0.5, "gpu1": 0.5}}``; or for each GPU a list of its services.
     services : sequence of Service
     cluster : Cluster
+    most_pct : float
+        What the busiest GPU may need on average [GPU%].
     """
     if unanswered(answer):
         return wrong(UNANSWERED)
     names = [s.name for s in services]
     if isinstance(answer, Placement):
         answer = {name: {r.gpu: r.part for r in answer.of(name)} for name in {r.service for r in answer.replicas}}
+    answer = _turned(answer, cluster)
     if not isinstance(answer, Mapping) or set(answer) != set(names):
         return wrong(f"Give a dict with an entry for each of {', '.join(names)}.")
     if any(unanswered(where) for where in answer.values()):
@@ -78,15 +81,30 @@ def check_assignment(answer: object, services: Sequence[Service], cluster: Clust
         if any(part is None or part < 0 for part in given.values()):
             return wrong(f"{name}: the part of its requests on a GPU is a number from 0 to 1.")
         total = sum(part for part in given.values() if part is not None)
+        if abs(total - 100) <= 100 * ROUNDING:  # percent
+            given, total = {gpu: (part or 0) / 100 for gpu, part in given.items()}, total / 100
         if abs(total - 1) > ROUNDING:
             return wrong(f"{name}: the parts sum to {total:.3g}. Every request needs exactly one GPU: they have to sum to 1.")
         for gpu, part in given.items():
             if part:
                 parts[gpu][name] = part / total
-    return _judged(parts, services, cluster)
+    return _judged(parts, services, cluster, percent("most_pct", most_pct))
 
 
-def _judged(parts: Mapping[str, Mapping[str, float]], services: Sequence[Service], cluster: Cluster) -> Verdict:
+def _turned(answer: object, cluster: Cluster) -> object:
+    """Lists of services by GPU, as the same by service; a service on several GPUs is split evenly. Else the answer itself."""
+    if not isinstance(answer, Mapping) or not set(answer) <= set(cluster.names):
+        return answer
+    if not all(isinstance(names, (list, tuple, set)) for names in answer.values()):
+        return answer
+    where: dict[object, list[object]] = {}
+    for gpu, names in answer.items():
+        for name in names:
+            where.setdefault(name, []).append(gpu)
+    return {name: dict.fromkeys(gpus, 1 / len(gpus)) for name, gpus in where.items()}
+
+
+def _judged(parts: Mapping[str, Mapping[str, float]], services: Sequence[Service], cluster: Cluster, most_pct: float) -> Verdict:
     """Plan each GPU for the parts it was given."""
     demand = {}
     for gpu, profile in zip(cluster.names, cluster.profiles(), strict=True):
@@ -112,6 +130,12 @@ def _judged(parts: Mapping[str, Mapping[str, float]], services: Sequence[Service
                 f"{', '.join(s.name for s in mine)} with their SLOs. Relieve it, or pair services with other SLOs."
             )
     busiest = max(demand, key=demand.__getitem__)
+    if demand[busiest] > most_pct:
+        idlest = min(demand, key=demand.__getitem__)
+        return wrong(
+            f"Every GPU can be scheduled, but {busiest} needs {demand[busiest]:.1f} GPU%, and at most {most_pct:g} is asked for. "
+            f"{idlest} needs only {demand[idlest]:.1f}: move something there, or a part of it."
+        )
     bound = 100 * cluster_bound(services, cluster).load
     return right(f"The busiest, {busiest}, needs {demand[busiest]:.0f} GPU%; no placement can have less than {bound:.0f}.")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dstack_lab.checks import positive, require
 from dstack_lab.exercises.base import Verdict, right, wrong
 from dstack_lab.exercises.referee import lost, play
@@ -81,6 +84,10 @@ def check_beats(
     duel = _duel(answer, services, profile, rival, seeds, duration_ms)
     if isinstance(duel, Verdict):
         return duel
+    if duel.reached >= ratio >= 1 and duel.mine == duel.theirs:
+        return wrong(
+            f"On every seed it answers exactly as many in time as {duel.rival}: a draw, as against itself. Write one of your own."
+        )
     if duel.reached >= ratio:
         least = min(a / b for a, b in zip(duel.mine, duel.theirs, strict=True) if b > 0)
         over = f"over {len(duel.mine)} seeds; {least:.2f} times in the worst of them."
@@ -177,13 +184,32 @@ def _why(runs: Sequence[Trace], worst: str) -> str:
     """What the traces say about the service that fares worst."""
     ends = [run.requests[run.requests["service"] == worst]["outcome"].value_counts() for run in runs]
     total = sum(int(counts.sum()) for counts in ends)
+    slo_ms = float(runs[0].services.set_index("service")["slo_ms"][worst])
+    over = [_late(run, worst, slo_ms) for run in runs]
+    late = sum(ms.size for ms in over) / total
     dropped = sum(int(counts.get("dropped", 0)) for counts in ends) / total
     unserved = sum(int(counts.get("unserved", 0)) for counts in ends) / total
     if unserved > 0.2:
         return f"{unserved:.0%} of its requests are never launched: does every service get its turn?"
     if dropped > 0.5:
-        return f"{dropped:.0%} of its requests are dropped: drop only what can no longer be in time."
+        return (
+            f"{dropped:.0%} of its requests are dropped: too early (drop only what can no longer be in time), or because they "
+            "waited too long for their turn."
+        )
+    if late > 0.2:
+        middle = float(np.median(np.concatenate(over)))
+        return (
+            f"{late:.0%} of its requests are answered too late, half of those by {middle:.3g} ms or less: what counts is when "
+            "the batch that a request goes in would end, at that batch's size and share. Drop what that is too late for."
+        )
     utilization = sum(float(summary(run)["utilization"].to_numpy()[-1]) for run in runs) / len(runs)
     if utilization < 0.6:
         return f"The GPU is used to {utilization:.0%}: what is free could run another batch."
     return "Who waits while whom is served? Look at the timeline, and drop what can no longer be in time."
+
+
+def _late(run: Trace, name: str, slo_ms: float) -> NDArray[np.float64]:
+    """By how much the late answers of a service were late [ms]."""
+    mine = run.requests[run.requests["service"] == name]
+    over = (mine["finish_ms"] - mine["arrival_ms"] - slo_ms).to_numpy(dtype=float)
+    return over[over > 1e-9]

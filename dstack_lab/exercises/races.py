@@ -6,19 +6,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from dstack_lab.checks import require
-from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_number, close, graded, right, unanswered, wrong
+from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_number, graded, right, unanswered, wrong
 from dstack_lab.exercises.own_policy import DURATION_MS, SEEDS
 from dstack_lab.exercises.referee import as_policy, play
 from dstack_lab.experiments import compare, mean_interval
 from dstack_lab.metrics import ALL
-from dstack_lab.policies import DStack
+from dstack_lab.policies import DStack, Policy
 from dstack_lab.profiles import Profile
 from dstack_lab.services import InfeasiblePlan, Service
 from dstack_lab.trials import plan_for
 
 RIVAL = "D-STACK"
+#: From this SLO attainment on there is nothing left to win; beyond this part of the bound most policies only drown.
+NEARLY, FAR_BEYOND = 0.985, 1.5
 
 
 def check_interval(answer: object, values: Iterable[float]) -> Verdict:
@@ -40,10 +43,13 @@ def check_interval(answer: object, values: Iterable[float]) -> Verdict:
         if any(end is None for end in ends):
             return wrong(UNANSWERED if all(unanswered(end) for end in answer) else "Give two numbers: the ends of the interval.")
         first, second = sorted(float(end) for end in ends if end is not None)
-        if not close((first + second) / 2, mean):
+        if (first, second) == (float(x.min()), float(x.max())):
+            return wrong("Those are the worst and the best run. How well is their mean known?")
+        if abs((first + second) / 2 - mean) > 0.05 * half:
             return wrong("The interval lies around the mean of the runs; the middle of yours does not.")
         answer = (second - first) / 2
-    spread, n = float(x.std(ddof=1)), x.size
+    spread, rough, n = float(x.std(ddof=1)), float(x.std()), x.size
+    one_sided, too_free = (float(stats.t.ppf(q, n - less)) for q, less in ((0.95, 1), (0.975, 0)))
     mistakes = [
         Mistake(
             1.96 * spread / np.sqrt(n), f"1.96 is for many runs. With {n}, Student's t with {n - 1} degrees of freedom is larger."
@@ -55,9 +61,21 @@ def check_interval(answer: object, values: Iterable[float]) -> Verdict:
         Mistake(
             spread, "That is the standard deviation of the runs: how far single runs lie apart, not how well the mean is known."
         ),
+        Mistake(mean, "That is the mean itself. How far may it be off?"),
         Mistake(
-            half * float(x.std()) / spread,
-            f"Divide by n - 1 = {n - 1} in the variance: the mean is estimated from the same runs.",
+            one_sided * spread / np.sqrt(n), "An interval has two sides: 2.5 % of the time it may miss on each. Take 97.5 %."
+        ),
+        Mistake(too_free * spread / np.sqrt(n), f"{n} runs have n - 1 = {n - 1} degrees of freedom: one is spent on their mean."),
+        *(
+            Mistake(
+                factor * rough, f"Divide by n - 1 = {n - 1} in the variance: the mean is estimated from the same runs. {more}"
+            )
+            for factor, more in (
+                (half / spread, ""),
+                (1.0, "Then it is the deviation of single runs, not of their mean."),
+                (1 / np.sqrt(n), "Then it is the standard error: multiply by the quantile of Student's t."),
+                (1.96 / np.sqrt(n), "And 1.96 is for many runs."),
+            )
         ),
         Mistake(high - low, "That is the whole width of the interval; give half of it, or its two ends."),
     ]
@@ -86,6 +104,8 @@ def check_baseline_wins(
         return wrong(UNANSWERED)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         return wrong("Give a pair: a policy, and a list of services.")
+    if isinstance(answer[1], Policy) and not isinstance(answer[0], Policy):
+        return wrong("The other way round: first the policy, then the services.")
     policy, services = as_policy(answer[0]), _services(answer[1], profile)
     if isinstance(policy, Verdict):
         return policy
@@ -110,8 +130,14 @@ def check_baseline_wins(
         return right(f"{policy.name}: {said}. And what does it cost? Look at who is served, and at Jain's index.")
     if gain > 0:
         return wrong(f"{policy.name}: {said}. The interval holds zero: this may be luck. Make the case clearer.")
-    if row["bound_load"] < 0.5:
-        return wrong(f"{policy.name}: {said}. At {row['bound_load']:.2f} of the bound both serve nearly all: ask for more.")
+    theirs = table[(table["policy"] == RIVAL) & (table["service"] == ALL)].iloc[0]
+    if theirs["slo_attainment"] > NEARLY:
+        return wrong(
+            f"{policy.name}: {said}. At {row['bound_load']:.2f} of the bound D-STACK answers {theirs['slo_attainment']:.1%} in "
+            "time: nobody can be clearly better. Where does it have to turn requests away?"
+        )
+    if row["bound_load"] > FAR_BEYOND:
+        return wrong(f"{policy.name}: {said}. {row['bound_load']:.1f} times the bound drowns this policy too: go nearer to 1.")
     return wrong(f"{policy.name}: {said}. What does D-STACK pay for that this policy does not? Fairness is one such thing.")
 
 

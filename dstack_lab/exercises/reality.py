@@ -5,9 +5,10 @@ from __future__ import annotations
 from dstack_lab.checks import positive
 from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_number, graded, right, unanswered, wrong
 from dstack_lab.metrics import ALL
-from dstack_lab.policies import Policy
+from dstack_lab.policies import Policy, Temporal
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Plan
+from dstack_lab.simulator import simulate
 from dstack_lab.traces import Trace
 from dstack_lab.validation import validate
 from dstack_lab.variability import Lognormal
@@ -29,9 +30,16 @@ def check_error(answer: object, recorded: float, simulated: float) -> Verdict:
         Mistake(recorded / simulated - 1, "The simulation is judged by the recording, not the other way round."),
         Mistake(simulated / recorded, "That is the ratio. By how much does it differ from 1?"),
         Mistake(simulated - recorded, "That is the difference, in the unit of both. Divide by what was recorded."),
+        Mistake(recorded - simulated, "That is the difference, in the unit of both, and the sign is that of the recording."),
+        Mistake(recorded / simulated, "That is the ratio, upside down: the recording is what the simulation is compared with."),
     ]
     why = "A relative error needs a reference, and the reference is what happened."
     return graded(answer, truth, "fraction", why, mistakes, "Simulated over recorded, less one.", rel=0.01)
+
+
+def scatter_puzzle(plan: Plan) -> Trace:
+    """Return a simulated minute of `plan` in turns, with service times that scatter: by how much is the question."""
+    return simulate(plan, Temporal(), 60_000.0, seed=10, variability=Lognormal(0.6))
 
 
 def check_scatter(

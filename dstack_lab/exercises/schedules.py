@@ -14,11 +14,11 @@ from dstack_lab.metrics import jain
 from dstack_lab.policies import PeriodPlan, Window
 from dstack_lab.services import Allocation, Service
 
-#: What can be wrong with a period plan, and the sentence of a hint.
+#: What can be wrong with a period plan, and what is true of one that lacks that fault.
 FAULTS = {
-    "over": "at some time its windows hold more than 100 GPU% together",
-    "overlap": "two windows of one service run at the same time",
-    "late": "a request that just misses a window is not answered by the end of the next one within its SLO",
+    "over": "its windows never hold more than 100 GPU% together",
+    "overlap": "no two windows of one service run at the same time",
+    "late": "a request that just misses a window is answered by the next one's end, within its SLO",
 }
 OK = "ok"
 
@@ -44,6 +44,8 @@ def check_worst_latency(answer: object, period: PeriodPlan, service: str) -> Ver
         Mistake(max(gaps), "That is the longest wait for a window. The request is answered when that window ends."),
         Mistake(max(times), "That is the length of a window. The request just missed one: how long does it wait for the next?"),
         Mistake(max(gaps) - min(times), "That is the pause between two windows. Count from the start of the one it missed."),
+        Mistake(max(gaps) / 2 + max(times), "That is the mean over requests that come at any time. The longest is asked for."),
+        Mistake(period.period_ms, "That is the period. The service has several windows in it: how far apart are they?"),
         Mistake(
             period.period_ms + max(times), "That would be right if the service had one window in a period. Count its windows."
         ),
@@ -61,8 +63,8 @@ def check_broken_periods(answer: object, cases: Mapping[str, PeriodPlan], servic
 
     Parameters
     ----------
-    answer : mapping of str to str
-        For each case ``"ok"`` or one of `FAULTS`: "over", "overlap", "late".
+    answer : mapping of str to str, or str or iterable of str in the order of `cases`
+        For each case ``"ok"`` or one of `FAULTS`: "over", "overlap", "late". "Too late" counts as "late".
     cases : mapping of str to PeriodPlan
     services : sequence of Service
         Whose SLOs the windows have to keep.
@@ -70,22 +72,26 @@ def check_broken_periods(answer: object, cases: Mapping[str, PeriodPlan], servic
     words = (OK, *FAULTS)
     if unanswered(answer):
         return wrong(UNANSWERED)
+    if isinstance(answer, str):
+        answer = answer.replace(",", " ").split()
+    if isinstance(answer, (list, tuple)) and len(answer) == len(cases):
+        answer = dict(zip(cases, answer, strict=True))
     if not isinstance(answer, Mapping) or set(answer) != set(cases):
         return wrong(f"Give a dict with one word for each of {', '.join(cases)}: {', '.join(words)}.")
     if all(unanswered(said) for said in answer.values()):
         return wrong(UNANSWERED)
-    given = {name: said.strip().lower() if isinstance(said, str) else said for name, said in answer.items()}
-    for name, said in given.items():
-        if said not in words:
+    given = {name: said.lower().split()[-1:] if isinstance(said, str) else [said] for name, said in answer.items()}
+    for name, one in given.items():
+        if not one or one[0] not in words:
             return wrong(f"{name}: the word is one of {', '.join(words)}.")
     for name, period in cases.items():
-        found, said = faults(period, services), given[name]
+        found, said = faults(period, services), given[name][0]
         if said == OK and found:
             return wrong(f"{name} is not in order. {_LOOK[min(found, key=list(FAULTS).index)]}")
         if said != OK and not found:
-            return wrong(f"{name} is in order: it is not so that {FAULTS[said]}.")
+            return wrong(f"{name} does not break that rule: {FAULTS[said]}. Look at the other two once more.")
         if said != OK and said not in found:
-            return wrong(f"{name} is broken, but in another way: it is not so that {FAULTS[said]}.")
+            return wrong(f"{name} is broken, but in another way: {FAULTS[said]}.")
     return right("Three rules make a period plan: at most 100 GPU% at any time, one window of a service at a time, SLOs kept.")
 
 
@@ -162,7 +168,7 @@ def check_jain(answer: object, received: Mapping[str, float] | Iterable[float]) 
     ]
     hint = "The square of the sum, over n times the sum of the squares."
     why = f"1 would be equal parts, {1 / n:.2g} all to one."
-    return graded(answer, truth, "", why, mistakes, hint, rel=0.005)
+    return graded(answer, truth, "fraction", why, mistakes, hint, rel=0.005)
 
 
 def _of(period: PeriodPlan, service: str) -> list[Window]:
