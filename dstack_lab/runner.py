@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,9 @@ from dstack_lab.simulator import open_ledger
 from dstack_lab.state import NS_PER_MS
 from dstack_lab.traces import SAMPLES, Trace
 from dstack_lab.turns import RuleBroken
+
+#: Longest that the loop waits for the thread that samples or starts workers to let go of the interpreter [s].
+SWITCH_S = 2e-4
 
 
 class RunError(RuntimeError):
@@ -132,6 +136,8 @@ def run(
         error: RuleBroken | FleetLost | None = None
         sampler = device.sampler() if hasattr(device, "sampler") else None
         gc.disable()  # a collection stops the loop for tens of milliseconds
+        switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         try:
             with (
                 sampler or contextlib.nullcontext(),
@@ -141,6 +147,7 @@ def run(
         except (RuleBroken, FleetLost) as broken:
             error = broken
         finally:
+            sys.setswitchinterval(switch_s)
             gc.enable()
     versions = versions_here("dstack-lab", "torch", "numpy")
     provenance = Provenance("measured", device.describe(), device.mechanism, versions, today(), marks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import time
 
 import numpy as np
@@ -50,12 +52,13 @@ class Asks(Policy):
 
 
 def run(policy, device, *rates, duration_ms=600, **options):
-    before = open_files()
+    before, switch_s = open_files(), sys.getswitchinterval()
     try:
         trace = lab.run(plan(*rates), policy, device, duration_ms, seed=1, drain_ms=10_000, **options)
     finally:
         assert not device.live
         assert open_files() == before
+        assert (sys.getswitchinterval(), gc.isenabled()) == (switch_s, True)
     return trace
 
 

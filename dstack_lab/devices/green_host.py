@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -30,6 +31,9 @@ MESSAGE_BYTES = 65536
 #: After one of these every later call of this process fails, whoever makes it.
 FATAL = ("cuda error", "cudnn_status_execution_failed", "cuda_error_illegal", "cuda_error_launch_failed")
 FATAL_STATUS = 70
+
+#: Longest that a tenant waits for another's thread to let go of the interpreter [s].
+SWITCH_S = 2e-4
 
 
 class Tenant:
@@ -80,6 +84,7 @@ class Tenant:
                     self._send({**warm, "reply": "failed"})
                     return False
         self.backend.serving = True
+        gc.freeze()  # what torch and the network are made of stays: no collection need visit it
         ready: Message = {"reply": "ready", "pid": os.getpid(), "threads": 1, "cores": sorted(os.sched_getaffinity(0))}
         ready |= {"facts": facts, "versions": versions_here("torch", "torchvision", "cuda-bindings")}
         self._send({**ready, "load_ms": (time.perf_counter() - begin) * 1e3})
@@ -126,6 +131,7 @@ def main(worker: Any, arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     worker.end_with_parent(options.parent, options.parent_signal)
+    sys.setswitchinterval(SWITCH_S)
     module, _, name = options.backend.partition(":")
     backend_class = getattr(importlib.import_module(module), name)
     turn = threading.Lock()
