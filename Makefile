@@ -53,7 +53,7 @@ bench: .venv/.ready ## time the simulator beside the same system in SimPy
 
 triton: .venv/.ready ## race a real Triton server (60 MB to fetch) beside D-STACK on this machine
 	test -d build/triton/pytriton || $(PY) -m pip install --quiet -c constraints.txt --no-deps --target build/triton nvidia-pytriton
-	$(PY) benchmarks/triton.py --server build/triton $(ARGS)
+	$(PY) benchmarks/triton_server.py --server build/triton $(ARGS)
 
 lint: .venv/.ready ## check style, format and types
 	$(PY) -m ruff check .

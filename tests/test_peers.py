@@ -36,8 +36,8 @@ def fake(tmp_path):
     """Start a stand-in for a plan; all are ended when the test ends."""
     running = []
 
-    def start(made, policy=None, seed=0, **options):
-        folder = lab.peers.write_repository(made, tmp_path / str(len(running)), policy, threads=2, seed=seed)
+    def start(made, policy=None, seed=0, backend="cpu", **options):
+        folder = lab.peers.write_repository(made, tmp_path / str(len(running)), policy, threads=2, seed=seed, backend=backend)
         running.append(FakeTriton(folder, **options).__enter__())
         return running[-1]
 
@@ -62,8 +62,19 @@ def test_the_repository_says_what_the_policy_says(tmp_path):
         (group,) = config.instance_group
         assert (group.count, group.kind) == (1, group.KIND_CPU)
         told = {key: value.string_value for key, value in config.parameters.items()}
-        assert told == {"model": service.model, "pool": "64", "threads": "3", "seed": "7"}
+        assert told == {"model": service.model, "pool": "64", "threads": "3", "seed": "7", "backend": "cpu"}
         assert "class TritonPythonModel" in (folder / name / "1" / "model.py").read_text()
+
+
+def test_networks_on_a_gpu(tmp_path, fake):
+    made = plan(30)
+    (group,) = read_config(next(lab.peers.write_repository(made, tmp_path, backend="cuda").glob("*/config.pbtxt"))).instance_group
+    assert (group.count, group.kind, list(group.gpus)) == (1, group.KIND_GPU, [0])
+    trace = lab.peers.triton(made, duration_ms=200, url=fake(made, backend="cuda").url)
+    assert (trace.launches["gpu_pct"] == 100).all()  # processor time says nothing there
+    assert "cuda" in trace.provenance.mechanism
+    with pytest.raises(ValueError, match="backend = 'tpu': must be one of cpu, cuda"):
+        lab.peers.write_repository(made, tmp_path, backend="tpu")
 
 
 def test_a_smaller_largest_batch(tmp_path):

@@ -23,12 +23,12 @@ def written(
     sizes: Sequence[int],
     sent: Sent,
     duration_ms: float,
-    threads: int,
+    threads: int | None,
     policy: str,
     seed: int,
     provenance: Provenance,
 ) -> Trace:
-    """Return the trace of a run with `sizes` requests of each service; see `peers.triton` for what its columns mean."""
+    """Return the trace of a run with `sizes` requests of each service; `threads` of each network, None on a GPU."""
     service = np.repeat(np.arange(len(sizes)), sizes)
     rows = np.full((len(service), len(ANSWER)), np.nan)
     for k, answer in enumerate(sent.answers):
@@ -53,13 +53,14 @@ def written(
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.arange(len(order))
 
+    share = np.full(len(order), 100.0) if threads is None else np.minimum(100 * cpu_ms / (took_ms * threads), 100)
     launches = launches_table(
         plan,
         np.arange(len(order)),
         batches[order, 0],
         start_ms[order],
         end_ms[order],
-        np.minimum(100 * cpu_ms / (took_ms * threads), 100)[order],
+        share[order],
         size[order].astype(np.int64),
         np.zeros(len(order), dtype=np.int64),
         [""],

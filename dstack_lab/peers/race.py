@@ -85,8 +85,8 @@ def triton(
     Trace
         As of `run`. A launch is a batch that the server formed: it ends when the first of its answers is
         back, and began as long before as its network says it took (``worker_ms``). Its ``gpu_pct`` is the
-        processor time that it got, as a part of all threads' on all cores: batches run beside each other
-        without a partition. A request that the server failed counts as dropped; ``events`` say why.
+        processor time that it got, as a part of all threads' on all cores (100 if the networks are on a GPU):
+        batches run beside each other without a partition. A request that the server failed counts as dropped; ``events`` say why.
 
     Raises
     ------
@@ -123,12 +123,13 @@ def triton(
         with progress_bar(progress, round(duration_ms / 1000, 1), "Triton server", "s") as bar:
             sent = client.drive(models, arrivals, drain_ms, _Ticker(bar, duration_ms))
     where = device.describe() if check else f"server at {url}"
-    threads = int(told[0]["parameters"]["threads"])
-    mechanism = f"Triton Inference Server {version}: dynamic batches, one instance of each network, {threads} threads each"
+    on, threads = told[0]["parameters"]["backend"], int(told[0]["parameters"]["threads"])
+    mechanism = f"Triton Inference Server {version}: dynamic batches, one instance of each network, {on}, {threads} threads each"
     versions = {**versions_here("dstack-lab", "torch", "numpy", "tritonclient"), "tritonserver": version}
     provenance = Provenance("measured", where, mechanism, versions, today(), (*marks, *_lateness(sent)))
     trace = replace(
-        written(plan, [*map(len, arrivals)], sent, duration_ms, threads, policy.name, seed, provenance), recipe=recipe
+        written(plan, [*map(len, arrivals)], sent, duration_ms, threads if on == "cpu" else None, policy.name, seed, provenance),
+        recipe=recipe,
     )
     if sent.error is not None:
         raise RunError(str(sent.error), trace) from sent.error
@@ -136,9 +137,13 @@ def triton(
 
 
 def _agreed(told: Told, want: Told, model: str, url: str) -> Told:
-    """Return what a server was told about a model, if that is what the run asks of it; threads are its own matter."""
+    """Return what a server was told about a model, if that is what the run asks of it; where it computes is its own matter."""
     differ = {key: (told[key], want[key]) for key in ("max_batch", "delay_us") if told[key] != want[key]}
-    both = ((key, told["parameters"].get(key), value) for key, value in want["parameters"].items() if key != "threads")
+    both = (
+        (key, told["parameters"].get(key), value)
+        for key, value in want["parameters"].items()
+        if key not in ("threads", "backend")
+    )
     differ |= {key: (has, value) for key, has, value in both if has != value}
     words = "; ".join(f"{key} is {has!r}, not {value!r}" for key, (has, value) in differ.items())
     if differ:

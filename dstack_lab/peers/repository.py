@@ -23,10 +23,12 @@ CONFIG = """\
 backend: "python"
 max_batch_size: {max_batch}
 dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}
-instance_group [{{ count: 1 kind: KIND_CPU }}]
+instance_group [{{ count: 1 {kind} }}]
 input [{{ name: "INPUT" data_type: TYPE_INT64 dims: [1] }}]
 output [{{ name: "ANSWER" data_type: TYPE_FP64 dims: [{answer}] }}]
 """
+#: Where a network computes -> how the server says that.
+KINDS = {"cpu": "kind: KIND_CPU", "cuda": "kind: KIND_GPU gpus: [0]"}
 PARAMETER = "parameters {{ key: {key} value: {{ string_value: {value} }} }}\n"
 
 
@@ -35,7 +37,9 @@ def names(plan: Plan) -> list[str]:
     return [f"{i}-{re.sub(r'[^A-Za-z0-9_.]+', '_', s.name)}" for i, s in enumerate(plan.services)]
 
 
-def settings(plan: Plan, policy: Triton | None = None, threads: int = 1, seed: int = 0) -> list[dict[str, Any]]:
+def settings(
+    plan: Plan, policy: Triton | None = None, threads: int = 1, seed: int = 0, backend: str = "cpu"
+) -> list[dict[str, Any]]:
     """What the server is to be told about each service.
 
     Raises
@@ -46,8 +50,9 @@ def settings(plan: Plan, policy: Triton | None = None, threads: int = 1, seed: i
     policy = Triton() if policy is None else policy
     require(isinstance(policy, Triton), "policy", policy, "a Triton(): the server follows no other rule")
     require(not policy.drop_late, "policy.drop_late", True, "False: the server itself drops nothing")
+    require(backend in KINDS, "backend", backend, f"one of {', '.join(KINDS)}")
     policy.reset(plan)
-    shared = {"threads": str(count("threads", threads)), "seed": str(count("seed", seed, least=0))}
+    shared = {"threads": str(count("threads", threads)), "seed": str(count("seed", seed, least=0)), "backend": backend}
     return [
         {
             "max_batch": policy.most[service.name],
@@ -59,7 +64,12 @@ def settings(plan: Plan, policy: Triton | None = None, threads: int = 1, seed: i
 
 
 def write_repository(
-    plan: Plan, folder: str | os.PathLike[str], policy: Triton | None = None, threads: int = 1, seed: int = 0
+    plan: Plan,
+    folder: str | os.PathLike[str],
+    policy: Triton | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    backend: str = "cpu",
 ) -> Path:
     """Write a model repository that a Triton server of one's own can serve to `peers.triton`.
 
@@ -77,6 +87,9 @@ def write_repository(
         Threads that each network computes with: all cores of the server, for the policy's rule.
     seed : int
         Of weights and inputs.
+    backend : {"cpu", "cuda"}
+        Where the networks compute; on a GPU in half precision and with CUDA graphs, as our workers there. That
+        was never yet tried on a GPU.
 
     Returns
     -------
@@ -89,10 +102,10 @@ def write_repository(
         If the policy drops requests, or a number is out of range.
     """
     root = Path(folder)
-    for name, told in zip(names(plan), settings(plan, policy, threads, seed), strict=True):
+    for name, told in zip(names(plan), settings(plan, policy, threads, seed, backend), strict=True):
         version = root / name / "1"
         version.mkdir(parents=True, exist_ok=True)
-        config = CONFIG.format(max_batch=told["max_batch"], delay_us=told["delay_us"], answer=len(ANSWER))
+        config = CONFIG.format(**told, kind=KINDS[backend], answer=len(ANSWER))
         for key, value in told["parameters"].items():
             config += PARAMETER.format(key=json.dumps(key), value=json.dumps(value, ensure_ascii=False))
         (root / name / "config.pbtxt").write_text(config, encoding="utf-8")

@@ -31,12 +31,12 @@ class TritonPythonModel:
     """What Triton's Python backend asks for."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the network and run each batch once."""
+        """Load the network and warm its batches up."""
         sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # the server's Python ignores it
         import torch
         import triton_python_backend_utils
 
-        from dstack_lab.worker import CpuBackend, end_with_parent
+        from dstack_lab.worker import BACKENDS, answer, end_with_parent
 
         server = os.getppid()
         end_with_parent(server, by_signal=False)  # a killed server would leave this process behind
@@ -47,11 +47,12 @@ class TritonPythonModel:
         whole = {key: int(told[key]) for key in ("pool", "seed", "threads")}
         self.torch: Any = torch
         self.server: Any = triton_python_backend_utils
-        self.backend = CpuBackend(argparse.Namespace(model=told["model"], weights=None, **whole))
+        self.backend = BACKENDS[told["backend"]](argparse.Namespace(model=told["model"], weights=None, **whole))
         self.backend.load()
         most = config["max_batch_size"]
-        for batch in sorted({*range(1, min(most, 16) + 1), most}):
-            self.backend.run(range(batch))
+        said = answer(self.backend, {"op": "warm", "batches": sorted({*range(1, min(most, 16) + 1), most})})
+        if said["reply"] == "error":
+            raise RuntimeError(said["message"])
         self.batches = 0
 
     def execute(self, requests: list[Any]) -> list[Any]:

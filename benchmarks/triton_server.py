@@ -3,7 +3,7 @@
 The same requests five times at each load: to the real server, to our workers under the rule of `lab.Triton`
 (which let core sets meet) and under D-STACK, and to the simulations of both. `make triton` installs the server first.
 
-    python benchmarks/triton.py [--loads 0.4,0.8] [--seconds 15] [--server build/triton] [--profile FILE] [--out FOLDER]
+    python benchmarks/triton_server.py [--loads 0.4,0.8] [--seconds 15] [--server build/triton] [--profile FILE] [--out FOLDER]
 """
 
 from __future__ import annotations
