@@ -53,7 +53,6 @@ class Client:
         )
         self.url, self.check, self.grpc, self.Failed = url, check, grpc, InferenceServerException
         self.raw = grpc.InferenceServerClient(url)
-        self.lost = ""  #: what the connection said when it broke
 
     def wait_ready(self, models: Sequence[str], timeout_s: float, live_s: float | None = None) -> str:
         """Wait until the server and all models are ready; return the server's version.
@@ -103,6 +102,11 @@ class Client:
         drain_ms : float
         tick : callable
             Told the time [ms] some times a second.
+
+        Returns
+        -------
+        Sent
+            Its ``error`` is that of a server which ended in the middle.
         """
         which = np.repeat(np.arange(len(models)), [len(times) for times in arrivals_ms])
         index = np.concatenate([np.arange(len(times)) for times in arrivals_ms])
@@ -116,10 +120,11 @@ class Client:
             sent.start_ns = start = time.monotonic_ns()
             for k in order.tolist():
                 while (ahead_ns := due_ns[k] - (now := time.monotonic_ns() - start)) > 0:
-                    time.sleep(min(ahead_ns * 1e-9, NAP_S))
                     self._look(sent, now, tick)
+                    time.sleep(min(ahead_ns * 1e-9, NAP_S))
                 sent.sent_ns[k] = now
                 calls.append(self.raw.async_infer(models[which[k]], inputs[index[k]], partial(sent.take, k)))
+                self._look(sent, now, tick)
             last = int(due_ns.max(initial=0))
             while sent.open and (now := time.monotonic_ns() - start) <= last + drain_ms * NS_PER_MS:
                 time.sleep(0.01)
