@@ -491,18 +491,20 @@ def seven(profile):
     return lab.workload("C-7", profile, load=1.6)
 
 
+def placed(services, gpus: int, method: str) -> bool:
+    try:
+        lab.place(services, lab.Cluster(gpus=gpus), method)
+    except lab.InfeasiblePlan:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_the_fewest_gpus_are_those_of_place(seven, profile):
     for method in ("dstack", "exclusive"):
-        tried = []
-        for n in range(1, 9):
-            try:
-                lab.place(seven, lab.Cluster(gpus=n), method)
-                tried.append(n)
-            except lab.InfeasiblePlan:
-                pass
-        assert exercises.check_fewest_gpus(min(tried), seven, method, profile)
-        assert not exercises.check_fewest_gpus(min(tried) + 1, seven, method, profile)
+        fewest = next(n for n in range(1, 9) if placed(seven, n, method))
+        assert exercises.check_fewest_gpus(fewest, seven, method, profile)
+        assert not exercises.check_fewest_gpus(fewest + 1, seven, method, profile)
     refused(exercises.check_fewest_gpus(1, seven, "dstack", profile), "1.60 GPUs at least")
     refused(exercises.check_fewest_gpus(7, seven, "dstack", profile), "one service per GPU")
 

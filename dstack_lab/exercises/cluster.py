@@ -30,18 +30,26 @@ def check_fewest_gpus(answer: object, services: Sequence[Service], method: str, 
     most : int
         Largest number that is tried.
     """
-    truth = next((n for n in range(1, count("most", most) + 1) if _placed(services, n, method, profile)), 0)
-    require(truth > 0, "most", most, "enough for the services")
     load = cluster_bound(services, Cluster(gpus=1, profile=profile)).load
+
+    def fewest(how: str) -> int:  # below the bound none will do
+        tried = range(max(1, math.ceil(load - 1e-6)), count("most", most) + 1)
+        return next((n for n in tried if _placed(services, n, how, profile)), 0)
+
+    truth = fewest(method)
+    require(truth > 0, "most", most, "enough for the services")
     given = as_number(answer)
     if given is not None and given < load:
         return wrong(f"The services ask for {load:.2f} GPUs at least, whoever schedules them: fewer cannot do.")
-    others = {m: next((n for n in range(1, most + 1) if _placed(services, n, m, profile)), 0) for m in ("dstack", "exclusive")}
     mistakes = [
-        Mistake(math.ceil(load), "That is the bound rounded up: it fits if nothing is lost to whole launches and deadlines."),
-        Mistake(others["exclusive"], "That is one service per GPU. Here several share one."),
-        Mistake(others["dstack"], f"That many are enough at shares side by side, but not for {method} placement."),
+        Mistake(math.ceil(load), "That is the bound rounded up: it fits if nothing is lost to whole launches and deadlines.")
     ]
+    words = {
+        "exclusive": "That is one service per GPU. Here several share one.",
+        "dstack": f"That many are enough at shares side by side, but not for {method} placement.",
+    }
+    if given is not None and given != truth:
+        mistakes += [Mistake(fewest(how), hint) for how, hint in words.items() if how != method]
     why = f"{truth - 1} are too few for {method} placement, {truth} hold all; the bound asks for {load:.2f}."
     hint = "Try lab.place with 1, 2, 3, ... GPUs: it raises lab.InfeasiblePlan while there are too few."
     return graded(answer, truth, "", why, mistakes, hint, rel=1e-9)
