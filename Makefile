@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
-JOBS ?= auto
+JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test quick notebooks check-notebooks browser figures profiles bench triton lint clean
@@ -27,7 +27,7 @@ lab: .venv/.ready ## open JupyterLab on the first notebook
 
 # A process for each core; JOBS=0 runs all in one, where a debugger works.
 test: .venv/.ready ## run every test, the notebooks too (ARGS="-k name" selects)
-	$(PY) -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 --no-loadscope-reorder $(ARGS)
 
 quick: .venv/.ready ## run the tests that start no process
 	$(PY) -m pytest -m "not slow" $(ARGS)
