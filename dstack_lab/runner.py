@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from dstack_lab.devices import Cpu
 from dstack_lab.devices.base import Device
 from dstack_lab.fleet import Fleet
 from dstack_lab.ledger import Ledger, PolicyError
+from dstack_lab.points import STARVED
 from dstack_lab.policies.base import Policy
 from dstack_lab.progress import progress_bar
 from dstack_lab.protocol import Message
@@ -149,6 +150,8 @@ def run(
         finally:
             sys.setswitchinterval(switch_s)
             gc.enable()
+    if hasattr(device, "cores_for") and not ledger.oversubscribe:
+        marks += _starved(session.told.values())
     versions = versions_here("dstack-lab", "torch", "numpy")
     provenance = Provenance("measured", device.describe(), device.mechanism, versions, today(), marks)
     trace = replace(ledger.to_trace(duration_ms, policy.name, seed, provenance), recipe=recipe)
@@ -171,6 +174,13 @@ def _planned_elsewhere(plan: Plan, device: Device) -> tuple[str, ...]:
     if source.kind == "measured" and source.device == device.describe():
         return ()
     return (f"planned elsewhere: with service times {source.kind} of {source.device}",)
+
+
+def _starved(told: Iterable[Message]) -> tuple[str, ...]:
+    """Mark a run whose workers did not have the cores that their shares stand for."""
+    had = [(one["cpu_ms"], one["worker_ms"] * one["cores"]) for one in told if one.get("cpu_ms")]
+    part = sum(cpu for cpu, _ in had) / sum(due for _, due in had) if had else 1.0
+    return (f"starved: the workers had {100 * part:.0f} % of their cores' time; others used them too",) if part < STARVED else ()
 
 
 def _annotate(trace: Trace, told: dict[int, Message]) -> None:

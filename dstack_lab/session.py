@@ -189,8 +189,8 @@ class Session:
     def _note(self, number: int, member: Member, batch: int, message: Message) -> None:
         """Keep what the worker told about a launch; a slow path is news the first time."""
         granted, path = message.get("granted_sms", getattr(member.worker, "granted_sms", None)), message.get("path", "")
-        times = {"worker_ms": message["service_ms"], "gpu_ms": message.get("gpu_ms")}
-        self.told[number] = {"effective_sms": granted, "path": path, **times}
+        times = {"worker_ms": message["service_ms"], "gpu_ms": message.get("gpu_ms"), "cpu_ms": message.get("cpu_ms")}
+        self.told[number] = {"effective_sms": granted, "path": path, "cores": getattr(member.worker, "threads", 1), **times}
         key = ("path", member.service, member.gpu_pct, batch)
         if path in ("eager", "padded") and getattr(self.device, "graphs", True) and key not in self.seen:
             self.seen.add(key)

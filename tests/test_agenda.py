@@ -395,7 +395,6 @@ def test_races_compare_by_service_and_know_their_dispatch():
 @pytest.mark.slow
 def test_races_on_this_machine_s_cores(tmp_path):
     said = command(tmp_path, "multiplex", "--device", "cpu")
-    assert "not on cpu, whose shares are a true partition: Triton, Uncontrolled" in said
     assert said.count("| cpu-2 on cpu | 0.4 |") == 2
     kept = json.loads((tmp_path / "multiplex" / "cpu.json").read_text())
     assert (kept["complete"], kept["failed"]) == (True, [])

@@ -216,7 +216,7 @@ def test_cuda_bindings_are_absent(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("Failed to dlopen libcuda.so.1", "no NVIDIA driver is installed here"),
+        ("Failed to dlopen libcuda.so.1", "no NVIDIA driver .libcuda.so.1 not found.: install one"),
         ('Function "cuGreenCtxCreate" not found', "the driver has no cuInit .*: update the NVIDIA driver to 550"),
     ],
 )
@@ -835,6 +835,12 @@ def test_the_parent_asks_in_another_process(stub, monkeypatch):
         ({"STUB_FAIL": "cuDeviceGetDevResource=801"}, "MIG"),
         ({"STUB_FAIL": "cuDevSmResourceSplitByCount=914"}, "CUDA_ERROR_INVALID_RESOURCE_TYPE"),
         ({"STUB_FAIL": "cuInit=46"}, "exclusive"),
+        ({"STUB_FAIL": "cuInit=802"}, "CUDA_ERROR_SYSTEM_NOT_READY: .* nvidia-fabricmanager"),
+        ({"STUB_FAIL": "cuInit=804"}, "hides the driver's: unset LD_LIBRARY_PATH"),
+        ({"STUB_FAIL": "cuInit=999"}, "CUDA_ERROR_UNKNOWN: .* nvidia-smi"),
+        ({"STUB_FAIL": "cuInit=3"}, "CUDA_ERROR_NOT_INITIALIZED: see whether nvidia-smi answers"),
+        ({"STUB_SMS": "0", "STUB_GROUPS": "0"}, "grants 0 SMs: .* check nvidia-smi"),
+        ({"LD_LIBRARY_PATH": "/nowhere"}, r"no NVIDIA driver \(libcuda.so.1 not found\): install one, or start the container"),
     ],
 )
 def test_the_drivers_errors_become_sentences(stub, monkeypatch, settings, words):

@@ -21,6 +21,7 @@ from dstack_lab.devices.base import WorkerError
 from dstack_lab.devices.leases import CoreLeases
 from dstack_lab.devices.process import WorkerProcess
 from dstack_lab.policies import Launch, Policy, Wake
+from dstack_lab.runner import _starved
 
 pytestmark = pytest.mark.slow
 
@@ -337,3 +338,22 @@ def test_batches_of_all_services_at_once_on_the_same_cores():
 def test_batches_of_all_services_at_once_need_an_oversubscribed_device():
     with pytest.raises(ValueError, match=r"device = Cpu\(.*must be one with oversubscribe=True for Triton"):
         lab.run(plan(20, 20), lab.Triton(), Cpu(), 1500, seed=2)
+
+
+def test_a_run_whose_workers_had_half_of_their_cores_says_so():
+    told = [{"cpu_ms": 5.0, "worker_ms": 10.0, "cores": 1}, {"cpu_ms": 30.0, "worker_ms": 30.0, "cores": 2}, {"cpu_ms": None}]
+    assert _starved(told) == ("starved: the workers had 50 % of their cores' time; others used them too",)
+    assert _starved([{"cpu_ms": 9.5, "worker_ms": 10.0, "cores": 1}]) == _starved([]) == ()
+
+
+@pytest.mark.slow
+def test_workers_that_share_their_cores_with_others_are_seen():
+    """A process that computes all the time on each core leaves the workers about half of it."""
+    hungry = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * len(Cpu().slots()))]
+    try:
+        trace = lab.run(plan(20, 20), lab.Temporal(), Cpu(), 1500, seed=2, drain_ms=60_000)
+    finally:
+        for process in hungry:
+            process.kill()
+            process.wait()
+    assert any(mark.startswith("starved: the workers had ") for mark in trace.provenance.marks)

@@ -68,7 +68,7 @@ def run(target: Target, record: Record) -> None:
         steps.append(Step(f"profile {mechanism}", lambda m=mechanism: find_profile(target, record, m), 60))  # type: ignore[misc]
         if mechanism in missing:
             continue
-        shared = [name for name, kind in POLICIES.items() if kind().oversubscribes and mechanism != "mps"]
+        shared = [name for name, kind in POLICIES.items() if kind().oversubscribes and mechanism == "green"]
         if shared:
             record.say(f"not on {mechanism}, whose shares are a true partition: {', '.join(shared)}")
         for load, name, policy in grid(target):

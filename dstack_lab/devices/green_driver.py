@@ -40,6 +40,9 @@ CURES = {
     "CUDA_ERROR_INVALID_RESOURCE_TYPE": "the driver cannot divide SMs on this GPU: use devices.Mps()",
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is full: end other processes (nvidia-smi lists them)",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "driver and kernel module differ: restart the machine",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "a service that the GPU needs does not run: as root, systemctl start nvidia-fabricmanager",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "a newer libcuda of a container hides the driver's: unset LD_LIBRARY_PATH",
+    "CUDA_ERROR_UNKNOWN": "the driver is in trouble: see whether nvidia-smi answers and what dmesg says, or restart the machine",
     "CUDA_ERROR_STUB_LIBRARY": "this libcuda is the stub of a toolkit: remove its folder from LD_LIBRARY_PATH",
     "CUDA_ERROR_MPS_CONNECTION_FAILED": "another user's NVIDIA MPS answers: set CUDA_MPS_PIPE_DIRECTORY to an empty folder",
 }
@@ -135,12 +138,13 @@ class Driver:
         try:
             status, *values = function(*arguments)
         except RuntimeError as error:  # cuda-bindings' own: no library, or none with this function
-            if "dlopen" in str(error) or "libcuda" in str(error):
-                raise GreenError("no NVIDIA driver is installed here (libcuda.so.1 is missing): run on a GPU machine") from error
+            if any(word in str(error) for word in ("dlopen", "libcuda", "NVIDIA driver library")):  # by version
+                cure = "install one, or start the container with --gpus all"
+                raise GreenError(f"no NVIDIA driver (libcuda.so.1 not found): {cure}") from error
             raise GreenError(f"the driver has no {name} ({error}): update the NVIDIA driver to 550 or later") from error
         if int(status):
             word = getattr(status, "name", str(status))
-            cure = CURES.get(word, "look it up among the CUDA driver's error codes")
+            cure = CURES.get(word, "see whether nvidia-smi answers, and look the word up among the CUDA driver's errors")
             raise GreenError(f"{name} answered {word}: {cure}")
         return values[0] if len(values) == 1 else tuple(values)
 
