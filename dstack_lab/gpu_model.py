@@ -233,6 +233,7 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
         If the profile lacks `model` or holds too few points of it, a time is absurd, or the prior
         gives anything but finite times above 0.
     """
+    require(isinstance(profile, Profile), "profile", profile, "a Profile, as load_profile and measure return")
     rows = profile.of(model)
     least = 2 if prior is None else 1
     require(len(rows) >= least, f"points of {model}", len(rows), f"{least} or more")

@@ -37,6 +37,7 @@ def summary(trace: Trace, warm_up_ms: float = 0.0) -> pd.DataFrame:
         real GPU was sampled, for all together: ``sm_utilization`` (0 to 1, of the SMs by its own count)
         and ``energy_j`` (per served request, idle power included); NaN for a single service.
     """
+    require(isinstance(trace, Trace), "trace", trace, "a Trace, as simulate and run return")
     non_negative("warm_up_ms", warm_up_ms)
     require(warm_up_ms < trace.duration_ms, "warm_up_ms", warm_up_ms, f"below the duration of {trace.duration_ms:g} ms")
     seconds = (trace.duration_ms - warm_up_ms) / 1000

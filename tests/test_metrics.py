@@ -57,6 +57,8 @@ def test_warm_up_is_left_out():
     late = lab.summary(by_hand(), warm_up_ms=150).set_index("service").loc["a"]
     assert late["throughput_rps"] == pytest.approx(1 / 0.85)
     assert late["utilization"] == pytest.approx(0.2 * 7 / 850)
+    with pytest.raises(ValueError, match="trace = None: must be a Trace"):
+        lab.summary(None)
     with pytest.raises(ValueError, match="warm_up_ms = 1000"):
         lab.summary(by_hand(), warm_up_ms=1000)
 

@@ -369,6 +369,7 @@ def test_a_budget_limits_the_points():
         ({"models": []}, "models = "),
         ({"models": [3]}, "network = 3"),
         ({"batches": (1, 0)}, "batch = 0"),
+        ({"device": "cpu"}, "device = 'cpu': must be a device"),
         ({"batches": ()}, "batches = "),
         ({"shares": (40,)}, "share = 40: .*25, 50, 100"),
         ({"shares": ()}, "shares = "),
