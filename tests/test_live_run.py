@@ -127,6 +127,10 @@ def test_a_policy_that_fails_on_real_workers_is_words_and_the_panel_goes_on(monk
     assert panel.running
     panel.start()
     assert "a run is going on already" in panel.facts()["message"]
+    other = lab.panels.LiveRun()
+    other.start()
+    assert not other.running
+    assert "another live run does not end" in other.facts()["message"]
     stuck.let_go.set()
     panel.wait()
     assert workers(os.getpid()) == []
@@ -138,13 +142,13 @@ def test_two_live_runs_do_not_take_each_other_the_cores():
     first, second = (lab.panels.LiveRun([service], ROWS, lab.Temporal(), seconds=seconds) for seconds in (60, 1))
     first.start()
     second.start()
-    assert not second.running
-    assert "another live run is going on" in second.facts()["message"]
-    first.stop()
-    second.start()
-    second.wait()
-    assert (second.facts()["state"], second.facts()["message"]) == ("ended", "")
+    assert not first.running
     assert first.facts()["state"].startswith("stopped")
+    second.wait()
+    assert second.facts()["state"] == "ended"
+    assert "ended another live run: two would take" in second.facts()["message"]
+    second.seconds.value = 2.0
+    assert second.facts()["message"] == ""
     assert workers(os.getpid()) == []
 
 

@@ -37,6 +37,7 @@ SLICES = 20
 WAITING = ("measuring this machine", "loading networks")
 #: How long `stop` waits for a run [s]: a policy of one's own may never return from `decide`.
 STOP_S = 30.0
+#: Panels of this kernel.
 _ALL: weakref.WeakSet[LiveRun] = weakref.WeakSet()
 
 
@@ -114,13 +115,16 @@ class LiveRun(Panel):
         except Exception as error:  # no driver, no daemon: whatever a device needs and has not
             self._say(f"{type(error).__name__}: {error}")
             return
-        if any(other.running and other.device.describe() == where for other in _ALL):
-            self._say(f"another live run is going on, and two would take {where} from each other: stop it first")
-            return
         if slots < 2:
             self._say(f"{where} has one share only: nothing can run side by side without a second core")
             return
-        self._say("")
+        others = [other for other in _ALL if other.running and other.device.describe() == where]
+        for other in others:  # its panel may be out of reach: a cell that is run anew makes another
+            other.stop()
+            if other.running:
+                self._say(f"another live run does not end, and two would take {where} from each other: {other.message}")
+                return
+        self._say(f"ended another live run: two would take {where} from each other" if others else "")
         self.trace, self._ledger, self._rows_seen = None, None, np.empty((0, 7))
         self._length_s, self._said_policy = self.seconds.value, self.policy.value
         self._stopping.clear()
