@@ -109,7 +109,7 @@ def measure(
         If a point failed on two workers, naming network, share and batch.
     """
     device = Cpu() if device is None else device
-    require(isinstance(device, Device), "device", device, "a device such as devices.Cpu()")
+    require(hasattr(device, "start"), "device", device, "a device such as devices.Cpu()")
     names = (models,) if isinstance(models, str) else tuple(models)
     require(len(names) > 0, "models", models, "1 or more names of networks")
     for name in names:
