@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
 from dstack_lab.policies.calendar import Booking, Calendar
+from dstack_lab.policies.fair_parts import fairly_reduced
 from dstack_lab.policies.lane_keeper import LaneKeeper
 from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.policies.shared_lanes import share_lanes
@@ -68,7 +69,11 @@ class DStack(Policy):
         if knows(plan):
             self._keep(LaneKeeper(share_lanes(plan, self.reject), self.reject))
         else:
-            self._adopt(plan, plan_period(plan, self.reject, self.beside), 0.0)
+            self._adopt(plan, self._period(plan), 0.0)
+
+    def _period(self, plan: Plan) -> PeriodPlan:
+        """Windows of a plan; beyond the bound those who ask for more than a fair part of the GPU give way."""
+        return plan_period(fairly_reduced(plan) if self.reject else plan, self.reject, self.beside)
 
     def _keep(self, keeper: LaneKeeper) -> None:
         """Follow lanes that services share, since launches slow each other down."""
@@ -96,9 +101,7 @@ class DStack(Policy):
         """From the share of each service's windows up to the plan's."""
         if knows(plan):
             return {p.service: (p.gpu_pct,) for lane in share_lanes(plan, self.reject).lanes for p in lane.points}
-        return {
-            name: tuple(sorted(ladder)) for name, ladder in ladders(plan, plan_period(plan, self.reject, self.beside)).items()
-        }
+        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, self._period(plan)).items()}
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Planned windows first, then whatever fits before the next ones."""

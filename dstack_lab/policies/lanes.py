@@ -86,14 +86,16 @@ def _stationary(chance: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.clip(np.linalg.solve(equations, np.eye(n)[-1]), 0, None)
 
 
-def lanes(plan: Plan, part: float = 1.0, least: Sequence[int] | None = None) -> tuple[tuple[Allocation, ...], float]:
+def lanes(
+    plan: Plan, part: float | Sequence[float] = 1.0, least: Sequence[int] | None = None
+) -> tuple[tuple[Allocation, ...], float]:
     """Shares that add up to 100 % at most and make the service that suffers most suffer least.
 
     Parameters
     ----------
     plan : Plan
-    part : float
-        Part of the rates to size the lanes for.
+    part : float or sequence of float
+        Part of the rates to size the lanes for, of all or of each service.
     least : sequence of int, optional
         Position in the plan's shares that each lane is at least as wide as; 0 by default.
 
@@ -105,7 +107,8 @@ def lanes(plan: Plan, part: float = 1.0, least: Sequence[int] | None = None) -> 
         Largest part of a service's requests that are late.
     """
     shares, count = plan.shares, len(plan.services)
-    rates = [part * a.rate_rps for a in plan.allocations]
+    parts = [part] * count if isinstance(part, int | float) else part
+    rates = [x * a.rate_rps for x, a in zip(parts, plan.allocations, strict=True)]
 
     def suffers(k: int, i: int) -> float:
         service, table = plan.services[k], plan.tables[k]

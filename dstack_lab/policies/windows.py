@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 
 import pandas as pd
 
+from dstack_lab.policies.fair_parts import demands, fair_parts
 from dstack_lab.policies.lanes import LATE, LATE_IF_DROPPED, lanes
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
 
@@ -145,15 +146,21 @@ def _neighbours(options: list[list[_Option]]) -> Iterator[list[_Option]]:
 
 
 def _side_by_side(period: float, plan: Plan, parts: Iterable[float], most: float, reject: bool) -> PeriodPlan | None:
-    """Lanes for the first of these parts of the rates at which at most this part of a service's requests is late.
+    """Lanes for the first of these parts of the load, fairly cut, at which at most this part of a service's requests is late.
 
     Their windows are evenly spaced, and hold the whole rate; with `reject` they may come one after the other instead.
     """
     for part in parts:
-        points, late = lanes(plan, part)
+        points, late = lanes(plan, _cut(plan, part) if part < 1 else 1.0)
         if points and late <= most:
             return _windows_of(period, plan, points, reject)
     return None
+
+
+def _cut(plan: Plan, part: float) -> list[float]:
+    """Parts of the rates that together are this part of the load, max-min fair."""
+    asked = demands(plan, [a.rate_rps for a in plan.allocations])
+    return fair_parts(asked, part * sum(asked))
 
 
 def _narrowest(period: float, plan: Plan) -> list[int] | None:
