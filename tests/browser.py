@@ -91,6 +91,7 @@ class Lab:
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
         self.problems: list[str] = []
+        self.present = "Light"
         page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
         page.on("request", lambda request: self._asked(request.url))
         page.on("websocket", lambda socket: self._asked(socket.url))
@@ -125,7 +126,13 @@ class Lab:
         self.page.evaluate(RESTART)
 
     def theme(self, name: str) -> None:
-        """Change the colours of JupyterLab; it hides the page behind a splash for a second."""
-        self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name)
-        self.page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=str("Light" in name).lower())
+        """Change the colours of JupyterLab to ``Light`` or ``Dark``; it hides the page behind a splash for a second."""
+        change = "name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: `JupyterLab ${name}`})"
+        self.page.evaluate(change, name)
+        self.page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=str(name == "Light").lower())
         self.page.locator("#jupyterlab-splash").wait_for(state="detached")
+        self.present = name
+
+    def themes(self) -> tuple[str, str]:
+        """Both themes, the present one first."""
+        return ("Light", "Dark") if self.present == "Light" else ("Dark", "Light")

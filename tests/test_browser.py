@@ -116,10 +116,9 @@ def moved(panel: Any, key: str = "PageUp") -> None:
 
 def pictured(lab: Lab, panel: Any, name: str) -> None:
     """Leave a picture of a panel in each theme."""
-    for theme in ("Light", "Dark"):
-        lab.theme(f"JupyterLab {theme}")
+    for theme in lab.themes():
+        lab.theme(theme)
         panel.screenshot(path=PICTURES / f"{name}-{theme.lower()}.png")
-    lab.theme("JupyterLab Light")
 
 
 def reached(panel: Any) -> tuple[int, int]:
