@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
 from dstack_lab import knees
@@ -213,8 +214,9 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     Parameters
     ----------
     profile : Profile
-        At least 2 points of `model` (1 with a prior); they may be few, scattered and noisy. One marked ``starved`` took
-        at most its time: it is lowered to what the others allow (see `monotone.tightened`).
+        At least 2 points of `model` (1 with a prior); they may be few, scattered and noisy. One marked ``starved`` counts
+        with its processor time a core (``core_ms``): had it had its cores, it would have taken so long. Where
+        that is not told its time is an upper bound, lowered to what the others allow (see `monotone.tightened`).
     model : str
         Network in the profile.
     prior : callable, optional
@@ -240,8 +242,7 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     b, g, ms = (rows[c].to_numpy(dtype=np.float64) for c in ("batch", "gpu_pct", "service_ms"))
     sane = (ms >= 1e-9) & (ms <= 1e12)
     require(bool(sane.all()), "service_ms", None if sane.all() else float(ms[~sane][0]), "from 1e-9 to 1e12 ms")
-    starved = rows["mark"].astype(str).str.contains("starved").to_numpy() if "mark" in rows else np.zeros(len(ms), dtype=bool)
-    ms = tightened(b, g, ms, starved)
+    ms = tightened(b, g, *_with_their_cores(rows, ms))
     believed = None if prior is None else _guarded(prior)
     shrink, judged = judge_mixture(b, g, ms, believed)
     backbone = fit_mixture(b, g, ms, shrink, believed)
@@ -255,6 +256,16 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     held_out = float(np.median(np.abs(np.expm1(-judged)))) if len(ms) > least else float("nan")
     error = float(np.median(np.abs(np.exp(table.log(b, g)) / ms - 1)))
     return GpuModel(model, error, held_out, table, correction, backbone.by_share or prior is not None, tuple(notes))
+
+
+def _with_their_cores(rows: pd.DataFrame, ms: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """Times of points [ms], starved ones by their processor time; and which still are upper bounds only."""
+    if "mark" not in rows:
+        return ms, np.zeros(len(ms), dtype=bool)
+    starved = rows["mark"].astype(str).str.contains("starved").to_numpy(dtype=bool)
+    busy = rows["core_ms"].to_numpy(dtype=float) if "core_ms" in rows else np.full(len(ms), np.nan)
+    told = starved & (busy > 0)
+    return np.where(told, np.minimum(ms, busy), ms), starved & ~told
 
 
 def _tabulate(backbone: Mixture, correction: Correction, b: Floats, g: Floats) -> MonotoneTable:

@@ -96,8 +96,9 @@ def measure(
     Profile
         Not strict. Columns: model, batch, gpu_pct; service_ms (median) of one batch; low_ms and high_ms (95 % confidence
         interval of the median, see `points.median_interval`; NaN if repeats are too few); p99_ms; spread
-        (interquartile range / median); repeats; effective_cores (processor time / time); mark (``""``, or of
-        ``unstable``, ``wide interval``, ``starved``, ``few repeats``, ``throttled``). On a GPU also
+        (interquartile range / median); repeats; effective_cores (processor time / time); core_ms (on cores:
+        processor time of a batch / cores given, mean); mark (``""``, or of ``unstable``, ``wide interval``,
+        ``starved``, ``few repeats``, ``throttled``). On a GPU also
         effective_sms (granted), gpu_ms (median by the GPU's clock), clock_mhz (SMs), power_w. A batch
         that does not fit into memory has no row; the provenance names it.
 

@@ -284,6 +284,9 @@ def test_a_starved_point_does_not_spoil_those_that_had_their_cores():
     np.testing.assert_allclose(fit(honest, "net").predict([1, 4], 50), [9, 33], rtol=0.03)
     blind = Profile(table.assign(model="net", mark=""), BY_HAND, strict=False)
     assert fit(blind, "net").predict(1, 50) > 1.2 * 9
+    told = Profile(table.assign(model="net", mark="starved", core_ms=[4.0, 3.0, 16.0, 11.0]), BY_HAND, strict=False)
+    had = profile_of([(1, 50, 4.0), (1, 100, 3.0), (4, 50, 16.0), (4, 100, 11.0)])  # processor time a core is what counts then
+    np.testing.assert_array_equal(fit(told, "net").predict([1, 2, 4], 50), fit(had, "net").predict([1, 2, 4], 50))
     same = profile_of([(1, 50, 9.0), (1, 100, 6.0), (4, 50, 33.0), (4, 100, 20.0)])
     marked = Profile(same.table.assign(mark="starved"), BY_HAND, strict=False)
     np.testing.assert_array_equal(fit(marked, "net").predict([1, 4], 50), fit(same, "net").predict([1, 4], 50))

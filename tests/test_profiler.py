@@ -141,7 +141,8 @@ def test_windows_in_which_others_had_the_cores_do_not_count(monkeypatch):
     script = ScriptedDevice(lambda b, s, n: 20.0 if n in hungry else 10.0)
     script.cores = lambda n: 0.5 if n in hungry else 1.0
     row = on_one_core(monkeypatch, script)
-    assert (row["service_ms"], row["effective_cores"], row["mark"]) == (10.0, pytest.approx(1.0), "")
+    assert (row["service_ms"], row["core_ms"], row["mark"]) == (10.0, pytest.approx(10), "")
+    assert row["effective_cores"] == pytest.approx(1.0)
     assert len(script.asked) == 5  # two that agree and had their core
 
 
@@ -149,7 +150,7 @@ def test_a_starved_point_is_given_twice_the_time_and_then_kept_with_its_mark(mon
     script = ScriptedDevice(lambda b, s, n: 20.0)
     script.cores = lambda n: 0.5
     row = on_one_core(monkeypatch, script)
-    assert (row["service_ms"], row["mark"]) == (20.0, "starved")
+    assert (row["service_ms"], row["core_ms"], row["mark"]) == (20.0, pytest.approx(10), "starved")
     assert len(script.asked) == 13  # of 160 ms each, until 2 s are over
 
 
@@ -322,7 +323,7 @@ class ScriptedGpu(ScriptedDevice):
 
 
 def test_a_row_of_a_gpu_says_sms_clock_power_and_what_throttled_it():
-    profile = run(ScriptedGpu(), batches=(1,), shares=(50,), seconds_per_point=0.1)
+    profile = run(ScriptedGpu(), batches=(1,), shares=(50,), seconds_per_point=1.2)  # windows of 0.2 s, read in their middle
     (row,) = profile.table.to_dict("records")
     assert (row["effective_sms"], row["gpu_ms"], row["clock_mhz"], row["power_w"]) == (66, 1.25, 1830, 700)
     assert row["mark"] == "throttled"
