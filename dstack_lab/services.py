@@ -162,8 +162,13 @@ class Plan:
         ]
         return pd.DataFrame(rows)
 
+    @property
+    def _title(self) -> str:
+        knows = "" if self.contention is None else f", knows of {self.contention}"
+        return f"Plan for {self.objective} from {self.provenance}{knows}"
+
     def __repr__(self) -> str:
-        return f"Plan for {self.objective} from {self.provenance}\n{self.to_frame().to_string(index=False)}"
+        return f"{self._title}\n{self.to_frame().to_string(index=False)}"
 
     def _repr_html_(self) -> str:
-        return f"<p>Plan for {self.objective} from {self.provenance}</p>{self.to_frame().to_html(index=False)}"
+        return f"<p>{self._title}</p>{self.to_frame().to_html(index=False)}"

@@ -96,6 +96,16 @@ class TestLanes:
         assert slow["short"] == pytest.approx((1 + 0.096 * 16**0.1, 1.127), abs=0.005)
         assert slow["long"] == pytest.approx((1 + 0.096 / 16**0.1, 16 * 1.073), abs=0.1)
 
+    def test_as_a_table(self):
+        known = lab.load_profile("v100-simulated")
+        plan = lab.optimize(lab.workload("C-4", known, 0.65), known, contention=Contention())
+        table = lab.share_lanes(plan).to_frame()
+        assert sorted(table["service"]) == sorted(s.name for s in plan.services)
+        assert table.groupby("lane")["gpu_pct"].first().sum() <= 100
+        alone = [plan.tables[[s.name for s in plan.services].index(r.service)].at(r.batch, r.gpu_pct) for r in table.itertuples()]
+        assert (table["service_ms"] / alone).tolist() == pytest.approx(table["slowdown"].tolist())
+        assert "knows of Contention(slowdown=0.096" in repr(plan)
+
     def test_a_lane_for_all_feels_nobody(self):
         """Networks that fill the GPU gain nothing side by side: with any slowdown they take turns, undisturbed."""
         full = [(n, 60, lab.Poisson(120), 50.0, 8, table(2, 1, 100, 16)) for n in "abc"]

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 
 from dstack_lab.contention import Contention, Load
 from dstack_lab.policies.lane_queue import Rider, late_in_turns
@@ -42,9 +43,16 @@ TIE = 1e-6
 class SharedLane:
     """A share of the GPU that some services use one batch at a time.
 
-    `points` says for each of them the largest batch and how long it takes beside the other lanes, all of them busy.
-    `slowdown` is that time over the time alone, by service. Requests that not even the part `hopeless` of a full batch,
-    begun now, would serve in time are given up.
+    Parameters
+    ----------
+    gpu_pct : float
+        The share.
+    points : tuple of Allocation
+        Largest batch of each service, and how long it takes while all other lanes are busy.
+    slowdown : tuple of float
+        That time over the time alone, in the order of `points`.
+    hopeless : float
+        Requests that not even this part of a full batch, begun now, would serve in time are given up.
     """
 
     gpu_pct: float
@@ -55,14 +63,32 @@ class SharedLane:
 
 @dataclass(frozen=True, slots=True)
 class SharedLanes:
-    """Lanes side by side, the part of each service's requests expected late, and the busiest lane's part of time."""
+    """Lanes side by side.
+
+    Parameters
+    ----------
+    lanes : tuple of SharedLane
+    late : dict of str to float
+        Part of each service's requests that is expected to be late or given up.
+    fullest : float
+        Part of time that the busiest lane is, with full batches; above 1 it does not keep up.
+    """
 
     lanes: tuple[SharedLane, ...]
     late: dict[str, float]
     fullest: float
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per service: ``lane``, ``gpu_pct``, ``service``, ``batch``, ``service_ms``, ``slowdown``, ``late``."""
+        rows = [
+            (number, lane.gpu_pct, p.service, p.batch, p.service_ms, slow, self.late[p.service])
+            for number, lane in enumerate(self.lanes)
+            for p, slow in zip(lane.points, lane.slowdown, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["lane", "gpu_pct", "service", "batch", "service_ms", "slowdown", "late"])
 
-def share_lanes(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None = None) -> SharedLanes:
+
+def share_lanes(plan: Plan, drop: bool = True, rates_rps: tuple[float, ...] | None = None) -> SharedLanes:
     """Choose who shares a lane with whom, and how wide each lane is, to make as few as possible late.
 
     Begins with a lane for each service and merges two at a time, going on with the few that do best, down to one
