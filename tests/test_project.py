@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -70,6 +71,31 @@ def test_constraints_satisfy_pyproject():
     for name, requirement in parsed(PROJECT["dependencies"], EXTRAS["dev"], EXTRAS["bench"]).items():
         assert name in pins(), f"{name} is not pinned in constraints.txt"
         assert requirement.specifier.contains(pins()[name]), f"{name}=={pins()[name]} is outside {requirement}"
+
+
+def brought_along(requirement: Requirement, found: set[str]) -> set[str]:
+    """Names of all packages that installing a requirement installs too, as far as they are here."""
+    name = canonicalize_name(requirement.name)
+    new = {f"{name}[{extra}]" for extra in requirement.extras or {""}} - found
+    found |= new
+    for extra in {e.partition("[")[2].rstrip("]") for e in new}:
+        try:
+            asked = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            return found
+        for inner in map(Requirement, asked):
+            if inner.marker is None or inner.marker.evaluate({"extra": extra}):
+                brought_along(inner, found)
+    return found
+
+
+def test_constraints_name_all_that_is_installed():
+    """Else a package's package is new every day. A CUDA build of torch brings NVIDIA's own, in the versions it needs."""
+    found = brought_along(Requirement(f"{PROJECT['name']}[dev,bench]"), set())
+    names = {name.partition("[")[0] for name in found} - {canonicalize_name(PROJECT["name"])}
+    theirs = {name for name in names if name.startswith(("nvidia-", "cuda-toolkit")) or name == "triton"} - pins().keys()
+    assert len(names) > 100
+    assert names - theirs <= pins().keys()
 
 
 @pytest.mark.parametrize("names", [PROJECT["dependencies"], *EXTRAS.values()], ids=["dependencies", *EXTRAS])
