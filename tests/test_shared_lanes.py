@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import dstack_lab as lab
 from dstack_lab.contention import Contention
+from dstack_lab.metrics import gpu_time
 from dstack_lab.policies import Policy
 from dstack_lab.policies.lane_keeper import LaneKeeper
 from dstack_lab.policies.lane_queue import Rider, late_in_turns
@@ -49,17 +50,18 @@ class TestQueue:
         rates=st.lists(st.floats(20, 400), min_size=1, max_size=3),
         drop=st.booleans(),
         hopeless=st.sampled_from(HOPELESS),
+        fair_ms=st.sampled_from([0.0, 20.0]),
         seed=st.integers(0, 1000),
     )
     @settings(max_examples=30, deadline=None)
-    def test_is_what_the_engine_does(self, rates, drop, hopeless, seed):
+    def test_is_what_the_engine_does(self, rates, drop, hopeless, fair_ms, seed):
         """The same requests in a lane alone on the GPU: the same ones are late or given up, of every service."""
         times = [table(1 + i, 0.5, 20, 8) for i in range(len(rates))]
         slos = [20.0 + 15 * i for i in range(len(rates))]
         rng = np.random.default_rng(seed)
         came = [np.unique(rng.integers(0, 400_000, int(rate * 0.4))) / 1000 for rate in rates]
         asked = plan(*[(f"s{i}", slos[i], lab.Replay(c), 100.0, 8, times[i]) for i, c in enumerate(came)])
-        lane = SharedLane(100.0, asked.allocations, (1.0,) * len(rates), hopeless)
+        lane = SharedLane(100.0, asked.allocations, (1.0,) * len(rates), hopeless, fair_ms)
 
         class Keeps(Policy):
             def reset(self, plan):
@@ -78,7 +80,7 @@ class TestQueue:
         for c, slo, t in zip(came, slos, times, strict=True):
             ms = [t.at(b, 100) for b in range(1, 9)]
             riders.append(Rider(c.tolist(), slo, 8, ms, ms[int(hopeless * 8) - 1]))
-        assert late_in_turns(riders, drop) == pytest.approx(seen.tolist(), abs=1e-9)
+        assert late_in_turns(riders, drop, fair_ms) == pytest.approx(seen.tolist(), abs=1e-9)
 
 
 FLAT = {ms: ServiceTable(np.full((1, 100), float(ms))) for ms in (1, 4, 16)}
@@ -269,3 +271,15 @@ def test_not_told_it_believes_times_that_do_not_hold():
     told, untold = (lab.compare(asked, known, [lab.DStack()], (0.65,), told=told, **same) for told in (True, False))
     gain = [t.loc[t["service"] == "all", "slo_attainment"].item() for t in (told, untold)]
     assert gain[0] > gain[1] + 0.2
+
+
+@pytest.mark.parametrize(("profile", "name"), [("v100-simulated", "C-3"), ("v100-simulated", "C-7"), ("h200-simulated", "C-4")])
+@pytest.mark.parametrize("load", [1.5, 3.0])
+def test_beyond_the_bound_lanes_are_shared_fairly(profile, name, load):
+    """Every service alone asks for more than its equal part: nobody starves, and GPU time is shared evenly."""
+    known = lab.load_profile(profile)
+    plan = plan_for(lab.workload(name, known, load), known, "efficacy", None, Contention())
+    trace = lab.simulate(plan, lab.DStack(reject=True), 4000 if profile.startswith("v100") else 1000, seed=2)
+    attained = lab.summary(trace).set_index("service")["slo_attainment"]
+    assert lab.jain(gpu_time(trace)) >= 0.95
+    assert (attained * load >= 0.5).all(), attained

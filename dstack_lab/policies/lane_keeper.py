@@ -1,10 +1,11 @@
-"""Shared lanes at run time: in each idle lane the service that has to begin first begins."""
+"""Shared lanes at run time: in each idle lane the service that has to begin first begins, or had least of the lane."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Wake
+from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.policies.shared_lanes import SharedLanes
 from dstack_lab.services import Allocation
 
@@ -28,6 +29,8 @@ class LaneKeeper:
         pairs = [(p.service, s) for lane in shared.lanes for p, s in zip(lane.points, lane.slowdown, strict=True)]
         self._slow = {name: slow * known.get(name, 1.0) for name, slow in pairs}
 
+        self._served = [Scoreboard([p.service for p in ln.points], ln.fair_ms) if ln.fair_ms else None for ln in shared.lanes]
+
     @property
     def points(self) -> dict[str, Allocation]:
         """Largest batch of each service, its share and how long it takes beside the others."""
@@ -39,7 +42,7 @@ class LaneKeeper:
             return [*lost, Wake(state.now_ms)]
         launches: list[Decision] = []
         free = state.free_pct + 1e-6
-        for lane in self.shared.lanes:
+        for lane, served in zip(self.shared.lanes, self._served, strict=True):
             if lane.gpu_pct > free or any(state[p.service].in_flight for p in lane.points):
                 continue
             waiting = []
@@ -47,9 +50,13 @@ class LaneKeeper:
                 view = state[point.service]
                 if view.ready and (batch := view.queued(point.batch)):
                     takes = self._slow[view.name] * view.service_ms(batch, lane.gpu_pct)
-                    waiting.append((view.due_ms - takes, view.index, Launch(view.name, lane.gpu_pct, batch, "planned")))
+                    first = view.due_ms - takes if served is None else served.received[view.name]
+                    waiting.append((first, view.index, Launch(view.name, lane.gpu_pct, batch, "planned"), takes))
             if waiting:
-                launches.append(min(waiting)[2])
+                _, _, launch, takes = min(waiting)
+                if served is not None:
+                    served.add(state.now_ms, launch.service, takes)
+                launches.append(launch)
                 free -= lane.gpu_pct
         return launches
 

@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.state import INFINITE
 
 #: Who is later than its deadline by less than this is in time: sums round.
@@ -26,12 +27,14 @@ class Rider(NamedTuple):
     margin_ms: float = 0.0
 
 
-def late_in_turns(riders: Sequence[Rider], drop: bool) -> list[float]:
+def late_in_turns(riders: Sequence[Rider], drop: bool, fair_ms: float = 0.0) -> list[float]:
     """Part of each service's requests that is late, or with `drop` late or given up.
 
     Whenever the lane is idle, the service that has to begin first to be in time, with all that waits up to its
-    largest batch, begins. Simulated request by request, as `lane_keeper` does it.
+    largest batch, begins; with `fair_ms` the one that had least of the lane in about ten periods of that length.
+    Simulated request by request, as `lane_keeper` does it.
     """
+    served = Scoreboard(map(str, range(len(riders))), fair_ms) if fair_ms else None
     count = len(riders)
     heads, late, now = [0] * count, [0] * count, 0.0
     rows = []
@@ -53,7 +56,7 @@ def late_in_turns(riders: Sequence[Rider], drop: bool) -> list[float]:
                     upcoming = oldest
                 continue
             waiting = bisect_right(arrivals, now, head, head + batch) - head
-            must = oldest + slo - times[waiting - 1]
+            must = oldest + slo - times[waiting - 1] if served is None else served.received[str(i)]
             if must < begin:
                 first, begin, size = i, must, waiting
         if first < 0:
@@ -63,6 +66,8 @@ def late_in_turns(riders: Sequence[Rider], drop: bool) -> list[float]:
             continue
         _, arrivals, slo, _, times, _ = rows[first]
         head = heads[first]
+        if served is not None:
+            served.add(now, str(first), times[size - 1])
         now += times[size - 1]
         heads[first] = head + size
         if arrivals[head] < now - slo - EPSILON_MS:

@@ -34,6 +34,8 @@ BEAM = 3
 PERIODS, RAREST, IN_ALL = (10, 60), 400, 50_000
 #: How many times fuller than full lanes may be where the rates are more than the GPU can serve.
 FULLER = (1.0, 1.15, 1.3, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
+#: A lane fuller than this goes by who had least of it: whoever is due first would starve those with long batches.
+OVERLOAD = 1.25
 EPSILON, SLACK = 1e-9, 1e-6
 #: What a lane's fullness counts where nobody is late.
 TIE = 1e-6
@@ -53,12 +55,16 @@ class SharedLane:
         That time over the time alone, in the order of `points`.
     hopeless : float
         Requests that not even this part of a full batch, begun now, would serve in time are given up.
+    fair_ms : float
+        Period of the scoreboard that says whose turn it is, in a lane far from keeping up [ms]; 0 in others: whoever
+        has to begin first begins.
     """
 
     gpu_pct: float
     points: tuple[Allocation, ...]
     slowdown: tuple[float, ...]
     hopeless: float
+    fair_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,17 +251,21 @@ class _Planner:
         """Part of the requests of each member that is late, and which of `HOPELESS` that is with."""
         key = (group, width, slow)
         if key not in self._late:
-            tried = []
+            tried, fair = [], self.fair_ms(group, width, slow)
             for part in HOPELESS if self.drop else HOPELESS[:1]:
                 riders = []
                 for m, s in zip(group, slow, strict=True):
                     times, batch = [s * ms for ms in self.ms[m][width]], self.batch(m, width, s)
                     riders.append(Rider(self.arrivals[m], self.slo[m], batch, times, times[max(1, int(part * batch)) - 1]))
-                tried.append((tuple(late_in_turns(riders, self.drop)), part))
+                tried.append((tuple(late_in_turns(riders, self.drop, fair)), part))
                 if not any(tried[-1][0]):
                     break
             self._late[key] = min(tried, key=lambda one: self.pain(group, one[0]))
         return self._late[key]
+
+    def fair_ms(self, group: tuple[int, ...], width: int, slow: tuple[float, ...]) -> float:
+        """Period of the scoreboard of a lane that several share and that is far from keeping up, else 0."""
+        return max(self.slo) if len(group) > 1 and self.busy(group, width, slow) > OVERLOAD else 0.0
 
     def pain(self, members: Sequence[int], late: Sequence[float]) -> float:
         """Late part of the service that suffers most, and of all requests."""
@@ -307,6 +317,6 @@ class _Planner:
             for m, s in zip(group, slow, strict=True):
                 batch = self.batch(m, width, s)
                 points.append(Allocation(names[m], share, batch, s * plan.tables[m].at(batch, share), self.rate[m]))
-            made.append(SharedLane(share, tuple(points), slow, hopeless))
+            made.append(SharedLane(share, tuple(points), slow, hopeless, self.fair_ms(group, width, slow)))
         late = {names[m]: x for g, part in zip(tried.groups, tried.late, strict=True) for m, x in zip(g, part, strict=True)}
         return SharedLanes(tuple(made), late, tried.fullest)
