@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from dstack_lab.checks import require
 from dstack_lab.exercises.base import UNANSWERED, Mistake, Verdict, as_number, graded, right, unanswered, wrong
@@ -49,7 +49,7 @@ def check_interval(answer: object, values: Iterable[float]) -> Verdict:
             return wrong("The interval lies around the mean of the runs; the middle of yours does not.")
         answer = (second - first) / 2
     spread, rough, n = float(x.std(ddof=1)), float(x.std()), x.size
-    one_sided, too_free = (float(stats.t.ppf(q, n - less)) for q, less in ((0.95, 1), (0.975, 0)))
+    one_sided, too_free = (float(stdtrit(n - less, q)) for q, less in ((0.95, 1), (0.975, 0)))
     mistakes = [
         Mistake(
             1.96 * spread / np.sqrt(n), f"1.96 is for many runs. With {n}, Student's t with {n - 1} degrees of freedom is larger."
