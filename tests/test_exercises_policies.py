@@ -354,6 +354,20 @@ def test_a_policy_cannot_beat_itself(heavy, profile):
     )
 
 
+def test_a_near_miss_is_not_rounded_to_a_hit(heavy, profile):
+    seeds, duration_ms = SHORT["seeds"], SHORT["duration_ms"]
+    asked = lab.optimize(heavy, profile, overload="reject")
+    mine, theirs = (
+        sum(lab.summary(lab.simulate(asked, policy, duration_ms, seed))["goodput_rps"].iloc[-1] for seed in seeds)
+        for policy in (lab.DStack(reject=True), lab.Temporal(drop_late=True))
+    )
+    assert exercises.check_beats(lab.DStack(reject=True), heavy, profile, mine / theirs - 1e-4, **SHORT)
+    refused(
+        exercises.check_beats(lab.DStack(reject=True), heavy, profile, mine / theirs + 1e-4, **SHORT),
+        f"{mine / theirs:.5f} times",
+    )
+
+
 def test_answers_that_come_a_little_late_are_measured(too_much, profile):
     class Hopeful(lab.Policy):
         """Drops nothing: the queue grows, and all are served a little too late."""

@@ -18,6 +18,8 @@ from dstack_lab.figures.ink import KINDS, Ink, key, paint, pen
 
 _LABEL = re.compile(r'<span style="color:(#\w{6})">(.)</span> (.*)', re.DOTALL)
 _SMALLER = re.compile(r'<span style="font-size: [\d.]+px">(.*)</span>', re.DOTALL)
+#: Air around words, as plotly leaves it [px].
+AIR = 2
 _SIDES = {"left": "left", "center": "center", "right": "right", "top": "top", "middle": "center", "bottom": "bottom"}
 
 
@@ -160,7 +162,9 @@ class Sheet:
         }
         if note.bgcolor:
             look["bbox"] = {"facecolor": paint(note.bgcolor), "edgecolor": "none", "pad": (note.borderpad or 1) * style.POINT}
-        shift = ((note.xshift or 0) * style.POINT, (note.yshift or 0) * style.POINT)
+        away = {"left": 1, "bottom": 1, "right": -1, "top": -1, "center": 0}  # plotly puts a little air around words
+        right, rise = ((more or 0) + AIR * away[side] for more, side in zip((note.xshift, note.yshift), sides, strict=True))
+        shift = (right * style.POINT, rise * style.POINT)
         found = _LABEL.fullmatch(note.text)
         if found:
             axes.annotate(found[2], (at[0], at[1]), shift, **{**look, "color": found[1]})
@@ -176,7 +180,7 @@ class Sheet:
         keys = [key(trace) for trace in shown]
         names = [_words(trace.name) for trace in shown]
         room = self._wide * self.page.get_figwidth() * 72
-        widths = [4.2 * size + 0.62 * size * len(name) for name in names]
+        widths = [size * (3.7 + 0.52 * len(name)) for name in names]
         columns = next(n for n in range(len(names), 0, -1) if n == 1 or sum(max(widths[c::n]) for c in range(n)) <= room)
         order = [i for c in range(columns) for i in range(c, len(names), columns)]  # matplotlib fills columns, readers read rows
         self.page.legend(
