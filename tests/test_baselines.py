@@ -408,10 +408,20 @@ class TestGpulet:
 
     def test_two_partitions_at_once_turns_within_each(self):
         points = [(n, 20, lab.Replay([t]), 50.0, 1, self.TIMES) for n, t in (("a", 0.0), ("b", 0.0), ("c", 0.5))]
-        made = at_rates(plan(*points), 800, 300, 300)
+        made = at_rates(plan(*points, shares=TENS), 800, 300, 300)
         trace = lab.simulate(made, lab.Gpulet(), 10)
         assert trace.launches["gpu_pct"].tolist() == [40, 60, 60]
         assert log(trace) == [(0, 1, "a", 1), (0, 1, "b", 1), (1, 2, "c", 1)]
+
+    def test_a_partition_is_no_larger_than_what_the_plan_s_device_grants(self):
+        points = [(n, 20, lab.Replay([0.0]), 50.0, 1, self.TIMES) for n in "abc"]
+        made = at_rates(plan(*points, shares=(12.12, 36.36, 48.48, 54.55, 100.0)), 800, 300, 300)
+        assert lab.Gpulet().shares(made) == {"a": (36.36,), "b": (54.55,), "c": (54.55,)}  # 40 and 60
+        halves = at_rates(plan(*points, shares=(50.0, 100.0)), 800, 300, 300)
+        assert lab.Gpulet().shares(halves) == {"a": (50.0,), "b": (50.0,), "c": (50.0,)}  # two cores: none smaller
+        whole = at_rates(plan(*points, shares=(100.0,)), 800, 300, 300)
+        assert lab.Gpulet().shares(whole) == {"a": (100.0,), "b": (100.0,), "c": (100.0,)}
+        assert len(lab.simulate(whole, lab.Gpulet(), 10).launches) == 3  # in turns
 
 
 class TestGreedy:

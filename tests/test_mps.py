@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def processes():
 def test_a_daemon_starts_serves_and_leaves_nothing(machine):
     daemon = MpsDaemon()
     assert daemon.alive
+    assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[0] >= min(16_384, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     assert mps_keeper.lives(daemon.server)
     assert len(f"{daemon.root}/p/control") < 100  # of a socket's path
     assert daemon.terminate_client(1234)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,9 @@ REPLACED = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_ACTIV
 
 #: From this version of the programs on a GPU takes 60 clients, before it 48.
 SIXTY_CLIENTS = 13010
+
+#: Open files that NVIDIA's guide asks for where the server cannot make its shared memory.
+FILES = 16_384
 
 #: Exit status of ``-d`` where libcuda is missing; it prints nothing.
 NO_LIBCUDA = 244
@@ -152,6 +157,7 @@ class MpsDaemon:
             raise MpsError(f"{CONTROL} cannot load libcuda.so.1 (exit status 244): install the NVIDIA driver's libraries")
         if done.returncode:
             raise MpsError(f"{CONTROL} -d ended with status {done.returncode}: {self._log()}")
+        _allow_files(self.pid)
         self.command(f"start_server -uid {os.getuid()}")  # paid now, not by the first worker
         end, status = time.monotonic() + timeout_s, "not started"
         while True:
@@ -246,6 +252,16 @@ class MpsDaemon:
     def quit(self) -> None:
         """End server and daemon, remove their folder, and wait for it. Twice is fine."""
         self._finalizer()
+
+
+def _allow_files(pid: int | None) -> None:
+    """Let the daemon, and the servers it starts, open as many files as many clients need: its soft limit may be 1024."""
+    with contextlib.suppress(OSError, ValueError):  # not ours to change: as it is then
+        if pid is not None:
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            room = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+            if soft != resource.RLIM_INFINITY and soft < room:
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (room, hard))
 
 
 def _dismiss(keeper: subprocess.Popen[bytes], hosts: list[ParameterHost], owner: int) -> None:

@@ -100,7 +100,7 @@ class Gpulet(Policy):
 
     def reset(self, plan: Plan) -> None:
         """Cut the GPU and choose batches."""
-        self.part = split(plan.services, plan.tables, [a.rate_rps for a in plan.allocations])
+        self.part = self._cut(plan)
         self.share = {name: part.gpu_pct for name, part in self.part.items()}
         services = zip(plan.services, plan.tables, strict=True)
         self.batch = {s.name: saturated_batch(t, s.slo_ms, self.share[s.name]) for s, t in services}
@@ -118,6 +118,16 @@ class Gpulet(Policy):
         return launches
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
-        """The partition of each service, which need not be one of the plan's shares."""
-        part = split(plan.services, plan.tables, [a.rate_rps for a in plan.allocations])
-        return {name: (p.gpu_pct,) for name, p in part.items()}
+        """The partition of each service."""
+        return {name: (part.gpu_pct,) for name, part in self._cut(plan).items()}
+
+    def _cut(self, plan: Plan) -> dict[str, Part]:
+        """Partition of each service, no larger than a share of the plan: a device may not grant 50 %, but 48.48 %."""
+        parts = split(plan.services, plan.tables, [a.rate_rps for a in plan.allocations])
+        least = min(plan.shares)
+        if 2 * least > 100:  # nothing is granted side by side: all take turns
+            return {name: Part(0, max(plan.shares)) for name in parts}
+        return {
+            name: part._replace(gpu_pct=max((s for s in plan.shares if s <= part.gpu_pct + 1e-9), default=least))
+            for name, part in parts.items()
+        }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 def pace_s(model, batch, gpu_pct):
     """Service time of a network that is as large as its name is long, and can use up to 20 % for each request."""
-    return 1e-3 * len(model) * (0.2 + 0.1 * batch) * 100 / min(gpu_pct, 20 * batch, 100)
+    return 5e-4 * len(model) * (0.2 + 0.1 * batch) * 100 / min(gpu_pct, 20 * batch, 100)
 
 
 class FakeCuda:
