@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-from test_agenda import FAKES, record
+from test_agenda import FAKES, NO_GPU, record
 
 import dstack_lab as lab
 from dstack_lab.agenda import kernels, perform
@@ -109,6 +109,6 @@ def test_each_trace_is_kept_and_becomes_rows(tmp_path, monkeypatch):
 
 def test_a_child_without_cuda_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{FAKES}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(RuntimeError, match="built without CUDA"):
+    with pytest.raises(RuntimeError, match=NO_GPU):
         kernels.child("trace", dict(os.environ), model="alexnet", batch=1, path=str(tmp_path / "x.gz"))
     assert not (tmp_path / "x.gz").exists()
