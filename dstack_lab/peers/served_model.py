@@ -7,7 +7,6 @@ batches differs. Numbers travel as DLPack, since the backend's own way to read a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import select
@@ -15,16 +14,33 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
+#: How long a server may take to end in good order [s].
+PATIENCE_S = 20.0
 
-def _end_with(client: int, server: int) -> None:
-    """End the server in good order, and so this process, when the client is gone."""
-    with contextlib.suppress(ProcessLookupError):
-        waiting = select.poll()
-        waiting.register(os.pidfd_open(client), select.POLLIN)
+
+def _guard(client: int, server: int, regions: str) -> None:
+    """Wait for the end of the client or of the server; end the other one and this process, and free their memory."""
+    waiting = select.poll()
+    for pid in filter(None, (client, server)):
+        try:
+            waiting.register(os.pidfd_open(pid), select.POLLIN)
+        except ProcessLookupError:
+            break
+    else:
         waiting.poll()
-    os.kill(server, signal.SIGTERM)
+    end = time.monotonic() + PATIENCE_S
+    if client and os.getppid() == server:
+        os.kill(server, signal.SIGTERM)  # it then ends its models in good order, unless it is still loading them
+    while client and os.getppid() == server:
+        time.sleep(0.1)
+        if time.monotonic() > end:
+            os.kill(server, signal.SIGKILL)
+    for left in Path("/dev/shm").glob(f"{regions}*") if regions else ():
+        left.unlink(missing_ok=True)
+    os._exit(1)
 
 
 class TritonPythonModel:
@@ -33,15 +49,16 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the network and warm its batches up."""
         sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # the server's Python ignores it
+        client, server = int(os.environ.get("DSTACK_LAB_CLIENT", 0)), os.getppid()
+        if client and server == 1:
+            os._exit(1)  # the server was killed meanwhile
+        regions = os.environ.get("DSTACK_LAB_REGIONS", "")
+        threading.Thread(target=_guard, args=(client, server, regions), daemon=True).start()
         import torch
         import triton_python_backend_utils
 
-        from dstack_lab.worker import BACKENDS, answer, end_with_parent
+        from dstack_lab.worker import BACKENDS, answer
 
-        server = os.getppid()
-        end_with_parent(server, by_signal=False)  # a killed server would leave this process behind
-        if client := os.environ.get("DSTACK_LAB_CLIENT"):  # and a killed client the server
-            threading.Thread(target=_end_with, args=(int(client), server), daemon=True).start()
         config = json.loads(args["model_config"])
         told = {key: value["string_value"] for key, value in config["parameters"].items()}
         whole = {key: int(told[key]) for key in ("pool", "seed", "threads")}

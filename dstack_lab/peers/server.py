@@ -117,7 +117,7 @@ class Server:
         command += ["--grpc-address=127.0.0.1", f"--grpc-port={self.url.rpartition(':')[2]}", "--allow-http=false"]
         command += ["--allow-metrics=false", "--log-info=false", "--exit-timeout-secs=5"]
         command += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
-        env = worker_env(len(cores), {"DSTACK_LAB_CLIENT": str(os.getpid())})
+        env = worker_env(len(cores), {"DSTACK_LAB_CLIENT": str(os.getpid()), "DSTACK_LAB_REGIONS": prefix})
         paths = [*program.libraries, sysconfig.get_config_var("LIBDIR") or "", os.environ.get("LD_LIBRARY_PATH", "")]
         env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, map(str, paths)))
         with on_cores(cores), open(self._log, "wb") as log:
