@@ -347,6 +347,8 @@ def test_kernels_and_probe_on_a_pretended_gpu_name_what_needs_silicon(tmp_path, 
         assert state[done] == "done", kept["steps"][done]
     assert kept["steps"]["green layout"]["value"]["coarse"] == [8] * 15 + [12]
     assert kept["steps"]["gpm idle"]["value"]["sm"] == 60
+    both = kept["steps"]["shared parameters"]["value"]
+    assert [(len(both[way]), {row["memory_mib"] for row in both[way]}) for way in ("shared", "own")] == [(2, {0.0}), (2, {0.0})]
     assert kept["steps"]["gpm idle"]["value"]["watts"] == pytest.approx(350, rel=0.05)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dstack_lab.agenda.record import Record, Step
 from dstack_lab.agenda.target import Target
+from dstack_lab.devices import nvml
 from dstack_lab.devices import probe as look
 from dstack_lab.devices.base import WorkerError
 
@@ -172,9 +173,27 @@ def _mps_steps(target: Target) -> list[Step]:
         *(Step(f"mps cap {cap:g} %", lambda cap=cap: read_back(cap)) for cap in CAPS),  # type: ignore[misc]
         *(Step(f"mps {a:g} % beside {b:g} %", lambda a=a, b=b: meet(a, b), 60) for a, b in ((50, 50), (25, 75))),  # type: ignore[misc]
         Step("ipc under MPS", lambda: child("ipc", capped(50)), 60),
+        Step("shared parameters", lambda: sharing(target), 60),
         Step("mps terminate_client", terminate, 60),
         Step("mps quit", leave),
     ]
+
+
+def sharing(target: Target) -> dict[str, Any]:
+    """What a second worker of a network costs, sharing parameters or with its own: load [ms], memory [MiB]."""
+    found: dict[str, Any] = {}
+    for name, shared in (("shared", True), ("own", False)):
+        device = target.device("mps", share_parameters=shared)
+        with contextlib.ExitStack() as stack:
+            used_mib, rows = nvml.used_mib(0), []
+            for _ in range(2):
+                ready = stack.enter_context(device.start(target.models[1], 50.0)).wait_ready(CHILD_S)
+                before_mib, used_mib = used_mib, nvml.used_mib(0)
+                more = None if used_mib is None or before_mib is None else used_mib - before_mib
+                facts = {key: ready["facts"].get(key) for key in ("parameters", "why_not_shared")}
+                rows.append({"load_ms": ready["load_ms"], "memory_mib": more, **facts})
+            found[name] = rows
+    return found
 
 
 def first_inference(target: Target, mechanism: str) -> dict[str, Any]:

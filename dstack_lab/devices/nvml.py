@@ -195,6 +195,13 @@ def conditions(device: int) -> dict[str, Any]:
     return {"clock_mhz": seen.clock_mhz, "power_w": seen.power_w, "throttled": list(seen.throttled)}
 
 
+def used_mib(device: int) -> float | None:
+    """Memory in use on GPU number `device`, by whomever [MiB]; None if it is not told."""
+    with session() as nvml:
+        memory = told(nvml, nvml.nvmlDeviceGetMemoryInfo, told(nvml, nvml.nvmlDeviceGetHandleByIndex, device))
+    return None if memory is None else memory.used / 2**20
+
+
 def _read(nvml: Any, handle: Any, uuid: str, index: int) -> GpuFacts:
     from dstack_lab.gpu_specs import _per_sm  # with numpy, which a look at the package should not cost
 
