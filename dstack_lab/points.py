@@ -81,7 +81,7 @@ def median_interval(samples: ArrayLike, level: float = LEVEL) -> tuple[float, fl
     """Confidence interval of the median from order statistics, whatever the distribution of independent samples.
 
     The number of samples below the median is binomial with probability 1/2: the interval reaches from the r-th smallest to
-    the r-th largest sample, with the largest r that leaves out `level` of the time at most 1 - `level` [1, chapter 2].
+    the r-th largest sample, with the largest r for which it misses the median with probability 1 - `level` at most [1].
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def median_interval(samples: ArrayLike, level: float = LEVEL) -> tuple[float, fl
 
     References
     ----------
-    .. [1] Le Boudec, Performance Evaluation of Computer and Communication Systems, EPFL Press 2010.
+    .. [1] Le Boudec, Performance Evaluation of Computer and Communication Systems, EPFL Press 2010, chapter 2.
     """
     from scipy.special import bdtr
 

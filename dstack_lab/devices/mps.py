@@ -26,7 +26,6 @@ from dstack_lab.devices.mps_daemon import (
 )
 from dstack_lab.devices.mps_worker import MpsWorker, SmLeases, clients
 from dstack_lab.devices.nvml_sampler import Sampler
-from dstack_lab.devices.parameter_map import PARAMETERS_GONE
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 
@@ -247,9 +246,8 @@ class Mps:
         daemon = _DAEMONS.get(self._key())
         if daemon is not None and not daemon.alive:
             return "the MPS daemon died under its workers"
-        if daemon is not None and daemon.parameters_lost:
-            return PARAMETERS_GONE
-        return shared_fault(said)
+        lost = None if daemon is None else daemon.parameters_lost
+        return lost or shared_fault(said)
 
     def recover(self) -> None:
         """Quit the daemon, after all workers, and start another.

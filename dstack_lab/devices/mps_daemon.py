@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dstack_lab.devices import mps_keeper, nvml
 from dstack_lab.devices.parameter_host import ParameterHost
+from dstack_lab.devices.parameter_map import PARAMETERS_GONE
 
 CONTROL, SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 
@@ -238,9 +239,11 @@ class MpsDaemon:
         return {self.server, *(host.pid for host in self._hosts)}
 
     @property
-    def parameters_lost(self) -> bool:
-        """Whether that process ended, so that what the workers mapped is not to be trusted."""
-        return bool(self._hosts) and not self._hosts[0].alive
+    def parameters_lost(self) -> str | None:
+        """Say so if that process ended, so that what the workers mapped is not to be trusted; with its last words."""
+        if not self._hosts or self._hosts[0].alive:
+            return None
+        return ": ".join(filter(None, [PARAMETERS_GONE, self._hosts[0].last_words]))
 
     def terminate_client(self, pid: int) -> bool:
         """End a client's work on the GPU, as must be done before its process is killed; return whether it worked."""

@@ -108,7 +108,7 @@ def fill(module: Any, told: Message) -> None:
         storage = (kind._new_shared_cuda if told["cuda"] else kind._new_shared_filename_cpu)(*handle)
         memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         seen = total(memory)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever it is, the network can be loaded as ever
         raise NotShared(f"the block cannot be mapped: {error}") from error
     if seen != told["sum"]:
         raise NotShared(f"the mapped block sums to {seen}, not to {told['sum']}")
