@@ -298,6 +298,14 @@ def test_a_worker_without_its_cap_is_refused(machine, env, words):
         worker.wait_ready(30)
 
 
+def test_a_worker_whom_the_daemon_lists_is_under_mps_whatever_the_driver_says(machine):
+    machine(FAKE_OUTSIDE="1", FAKE_MPS="lists")
+    with Mps() as device, device.start("any", 50) as worker:
+        assert worker.wait_ready(30)["facts"]["granted_sms"] == 66
+        assert worker.daemon.serves(worker.pid)
+        assert not worker.daemon.serves(1)
+
+
 def test_a_tolerated_difference_is_let_pass(machine):
     machine(FAKE_EXTRA_SMS="-8")
     with Mps() as device, device.start("any", 50) as worker:

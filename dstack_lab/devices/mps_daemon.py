@@ -245,6 +245,13 @@ class MpsDaemon:
             return None
         return ": ".join(filter(None, [PARAMETERS_GONE, self._hosts[0].last_words]))
 
+    def serves(self, pid: int) -> bool:
+        """Whether a process is a client of the server, as the daemon says."""
+        try:
+            return str(pid) in self.command(f"get_client_list {self.server}").split()
+        except MpsError:
+            return False
+
     def terminate_client(self, pid: int) -> bool:
         """End a client's work on the GPU, as must be done before its process is killed; return whether it worked."""
         try:
