@@ -19,11 +19,12 @@ def variants() -> dict[str, Policy]:
     """D-STACK and its variants, by what is different; all drop requests that they cannot serve in time."""
     return {
         WHOLE: DStack(reject=True),
+        "lanes are not lent": DStack(lend=False, reject=True),
         "windows take turns": DStack(beside=False, reject=True),
         "no planned windows": DStack(planned=False, reject=True),
         "no opportunistic launches": DStack(opportunistic=False, reject=True),
-        "no fairness": DStack(fair=False, reject=True),
-        "no patience": DStack(patience=0.0, reject=True),
+        "turns, no fairness": DStack(beside=False, fair=False, reject=True),
+        "turns, no patience": DStack(beside=False, patience=0.0, reject=True),
         "follows arrivals": AdaptiveDStack(),
     }
 

@@ -167,6 +167,10 @@ class ServiceView:
         ns = self._arrivals[self._head]
         return (ns + self.slo_ns) / NS_PER_MS if ns <= self._clock.now_ns else INFINITE
 
+    def deadline_ms(self, position: int) -> float:
+        """Deadline of a waiting request, the oldest at position 0 [ms]."""
+        return (self._arrivals[self._head + position] + self.slo_ns) / NS_PER_MS
+
     def late(self, margin_ms: float = 0.0) -> int:
         """Return how many waiting requests have a deadline before now + `margin_ms`."""
         last = self._clock.now_ns + round(margin_ms * NS_PER_MS) - self.slo_ns - 1

@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dstack_lab.compiled import lender
 from dstack_lab.compiled.books import FULL, Books, Floats, Integers, Outcome, Queues
-from dstack_lab.compiled.dstack_kernel import LAUNCHES, NOW, OPPORTUNISTIC, PLANNED, WAITING, WAKES, go_on, ready
+from dstack_lab.compiled.dstack_kernel import LAUNCHES, NOW, WAITING, WAKES, go_on, ready
+from dstack_lab.compiled.notes import coded
 from dstack_lab.ledger import SHARE_SLACK
 from dstack_lab.policies.dstack import MEMORY, DStack
+from dstack_lab.policies.lending import LaneLender
 from dstack_lab.policies.windows import EPSILON_MS
 from dstack_lab.state import NS_PER_MS
 
-NOTES = ("", "planned", "opportunistic")
 #: Wake-ups that can be ahead at once: one for the next window, and rarely a second.
 MOST_WAKES = 8
 
@@ -71,17 +73,14 @@ class Memory(NamedTuple):
 
 def run(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, duration_ns: int, stall_ns: int) -> Outcome:
     """Run to the end; return how that went (`DONE` or `BROKEN`), the number of launches and the notes by code."""
+    if isinstance(policy.keeper, LaneLender):
+        return lender.run(policy.keeper, books, slo_ns, wait_ns, duration_ns, stall_ns)
     rules = _rules(policy, books, slo_ns, wait_ns, duration_ns, stall_ns)
     memory = _memory(books.queues, rules)
     while (how := go_on(books.queues, books.log, rules, memory)) == FULL:
         books.resize()
     launches = int(memory.clock[LAUNCHES])
-    note = books.log.note[:launches]
-    used = [code for code in (PLANNED, OPPORTUNISTIC) if (note == code).any()]
-    if launches and note[0] == OPPORTUNISTIC:  # notes are coded in the order of their first use
-        np.subtract(PLANNED + OPPORTUNISTIC, note, out=note)
-        used.reverse()
-    return how, launches, ["", *(NOTES[code] for code in used)]
+    return how, launches, coded(books.log.note[:launches])
 
 
 def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, duration_ns: int, stall_ns: int) -> Rules:

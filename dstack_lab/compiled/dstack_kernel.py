@@ -18,6 +18,7 @@ import numpy as np
 
 from dstack_lab.compiled.books import BROKEN, DONE, DROPPED, FULL, LAST_NS, Floats, Integers, Log, Queues
 from dstack_lab.compiled.jit import jit
+from dstack_lab.compiled.notes import OPPORTUNISTIC, PLANNED
 from dstack_lab.state import NEVER_NS, NS_PER_MS
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 #: Places in `Memory.clock` and in `Memory.level`, which keep a run that stops for a longer log.
 NOW, LAUNCHED_AT, LAUNCHES, WAITING, RUNNING, CURSOR, BLOCKED, WAKES = range(8)
 FREE, BEGAN, WOKEN = range(3)
-PLANNED, OPPORTUNISTIC = 1, 2
 
 
 @jit

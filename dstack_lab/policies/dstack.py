@@ -8,6 +8,7 @@ from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, S
 from dstack_lab.policies.calendar import Booking, Calendar
 from dstack_lab.policies.fair_parts import fairly_reduced
 from dstack_lab.policies.lane_keeper import LaneKeeper
+from dstack_lab.policies.lending import LaneLender, beside
 from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.policies.shared_lanes import share_lanes
 from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, ladders, plan_period
@@ -24,6 +25,7 @@ class DStack(Policy):
        windows of a period never need more than 100 GPU% (`plan_period`): side by side in lanes, or in turn.
     2. *Opportunistic*: whenever GPU% is free and a batch is ready, it is launched if it ends before any
        planned window that needs its share. Planned windows are never delayed; an empty one is given away.
+       A lane launches whatever waits, and an idle one is lent to who would be late in its own (`LaneLender`).
     3. *Fair*: among the ready, the service that received least GPU%·ms over the last 10 periods goes
        first, then the earliest deadline.
 
@@ -40,14 +42,17 @@ class DStack(Policy):
         Switch an ingredient off, for ablations. Without `fair`, the earliest deadline goes first.
     patience : float
         Part of its slack (SLO less service time) that the oldest request of an unfilled batch waits
-        before the batch counts as ready for an opportunistic launch; 0 launches whatever waits.
+        before the batch counts as ready for an opportunistic launch; 0 launches whatever waits, as lanes
+        that are lent always do.
     reject : bool
-        Under overload, plan windows for the part of the load that fits and drop requests that a planned
-        batch started now would not serve in time: serving the freshest in full batches answers far more
-        in time than small batches of the oldest. Without it an overload is an `InfeasiblePlan`.
+        Under overload, plan windows for the part of the load that fits and drop requests that are lost, or
+        that a planned batch started now would not serve in time: serving the freshest in full batches answers far
+        more in time than small batches of the oldest. Without it an overload is an `InfeasiblePlan`.
     beside : bool
         Give every service a lane of its own where lanes hold the load (`lanes`): their widths are chosen
         jointly, by the queues that will form in them. Without it windows take turns.
+    lend : bool
+        Lend lanes. Without it a lane's windows are kept for its service, as windows in turn are.
     """
 
     def __init__(
@@ -58,9 +63,10 @@ class DStack(Policy):
         patience: float = 0.25,
         reject: bool = False,
         beside: bool = True,
+        lend: bool = True,
     ) -> None:
         self.planned, self.opportunistic, self.fair = planned, opportunistic, fair
-        self.patience, self.reject, self.beside = patience, reject, beside
+        self.patience, self.reject, self.beside, self.lend = patience, reject, beside, lend
 
     def reset(self, plan: Plan) -> None:
         """Place the windows, or lanes that services share; may lower shares or batches to make them fit."""
@@ -75,13 +81,16 @@ class DStack(Policy):
         """Windows of a plan; beyond the bound those who ask for more than a fair part of the GPU give way."""
         return plan_period(fairly_reduced(plan) if self.reject else plan, self.reject, self.beside)
 
-    def _keep(self, keeper: LaneKeeper) -> None:
-        """Follow lanes that services share, since launches slow each other down."""
-        self.keeper: LaneKeeper | None = keeper
+    def _keep(self, keeper: LaneKeeper | LaneLender) -> None:
+        """Follow lanes."""
+        self.keeper: LaneKeeper | LaneLender | None = keeper
         self.point, self.needs_pct = keeper.points, keeper.needs_pct
 
     def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
-        """Follow the windows of `period` from `now` on."""
+        """Follow the windows of `period` from `now` on, or its lanes."""
+        if self._lends(period):
+            self._keep(LaneLender(plan, period, self.reject))
+            return
         self.keeper = None
         self.point = {a.service: a for a in period.allocations}
         self.ladder = ladders(plan, period)
@@ -93,15 +102,25 @@ class DStack(Policy):
         # then no window ever waits for another; launches of an earlier plan may hold less than their windows now
         self.side_by_side = now == 0 and _added(self.own.values()) <= 100
 
+    def _lends(self, period: PeriodPlan) -> bool:
+        """Whether the windows are lanes that are lent: no window ever waits for another."""
+        lanes = self.lend and self.beside and _added(a.gpu_pct for a in period.allocations) <= 100
+        return lanes and self.planned and self.opportunistic
+
     def wait_ms(self, allocation: Allocation, slo_ms: float) -> float:
-        """Part of the slack that a request spends waiting for company."""
+        """Part of the slack that a request spends waiting for company; nothing in a lane of its own."""
+        if isinstance(self.keeper, LaneLender):
+            return 0.0
         return self.patience * max(slo_ms - allocation.service_ms, 0.0)
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """From the share of each service's windows up to the plan's."""
         if knows(plan):
             return {p.service: (p.gpu_pct,) for lane in share_lanes(plan, self.reject).lanes for p in lane.points}
-        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, self._period(plan)).items()}
+        period = self._period(plan)
+        if self._lends(period):
+            return {a.service: tuple(sorted((a.gpu_pct, *beside(plan, a.gpu_pct)))) for a in period.allocations}
+        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, period).items()}
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Planned windows first, then whatever fits before the next ones."""

@@ -10,7 +10,7 @@ from dstack_lab.contention import Contention
 from dstack_lab.policies.base import Decision, GpuState, Launch
 
 #: Launches that "alone, as predicted" counts for, of all services together and of each: estimates move off it against evidence.
-PRIOR, PRIOR_EACH = 5.0, 10.0
+PRIOR, PRIOR_EACH = 2.0, 10.0
 #: Launches that estimates need, and the mean number of others beside them that `slowdown` needs.
 ENOUGH, BESIDE = 50.0, 0.2
 
@@ -20,12 +20,14 @@ class SlownessWatch:
 
     `others` is the mean number of launches beside one while it ran, each weighted as `Contention` does: the longer is
     felt more. `a` is what predictions miss of a launch alone. Where launches always have as many others beside
-    them the two cannot be told apart, and how long they take together is still right. One launch of a service may run at a time.
+    them the two cannot be told apart, and how long they take together is still right. Launches of one service that
+    overlap count for the others only: nobody says which of them has ended.
     """
 
     def __init__(self, exponent: float = Contention().exponent) -> None:
         self._exponent = exponent
-        self._running: dict[str, list[float]] = {}  # since, predicted [ms], others · ms
+        self._running: dict[str, list[list[float]]] = {}  # by service, each launch: since, predicted [ms], others · ms
+        self._mixed = set[str]()  # services whose launches overlap
         self._now = 0.0
         self._sums = np.zeros(5)  # of 1, others, others², ratio, others · ratio
         self._own: dict[str, np.ndarray] = {}  # of 1, others, ratio, by service
@@ -35,16 +37,20 @@ class SlownessWatch:
         now = state.now_ms
         gone, self._now = now - self._now, now
         running = self._running
-        if gone > 0 and len(running) > 1:
-            weights = {name: row[1] ** self._exponent for name, row in running.items()}
-            total = sum(weights.values())
-            for name, row in running.items():
-                row[2] += gone * (total - weights[name]) / weights[name]
-        for name in [name for name in running if not state[name].in_flight]:
-            since, predicted, others = running.pop(name)
-            took = now - since
-            if took > 0:
-                self._learn(name, took / predicted, others / took)
+        rows = [row for launches in running.values() for row in launches]
+        if gone > 0 and len(rows) > 1:
+            weights = [predicted**self._exponent for _, predicted, _ in rows]
+            total = sum(weights)
+            for row, weight in zip(rows, weights, strict=True):
+                row[2] += gone * (total - weight) / weight
+        for name, launches in [*running.items()]:
+            while len(launches) > state[name].in_flight:
+                since, predicted, others = launches.pop(0)
+                if name not in self._mixed and now > since:
+                    self._learn(name, (now - since) / predicted, others / (now - since))
+            if not launches:
+                del running[name]
+                self._mixed.discard(name)
 
     def _learn(self, name: str, ratio: float, others: float) -> None:
         self._sums += (1, others, others * others, ratio, others * ratio)
@@ -55,7 +61,11 @@ class SlownessWatch:
         """Note what begins now; to be called with what `decide` answers."""
         for one in decisions:
             if isinstance(one, Launch):
-                self._running[one.service] = [state.now_ms, state[one.service].service_ms(one.batch, one.gpu_pct), 0.0]
+                launches = self._running.setdefault(one.service, [])
+                launches.append([state.now_ms, state[one.service].service_ms(one.batch, one.gpu_pct), 0.0])
+                launches.sort(key=sum)  # the one that is predicted to end first
+                if len(launches) > 1:
+                    self._mixed.add(one.service)
 
     def forget(self, part: float) -> None:
         """Let this part of what was seen fade."""
