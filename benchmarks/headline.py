@@ -5,8 +5,9 @@ batch-level bound, at which every service keeps 99 % of its requests within SLO;
 load 0.8 and goodput and utilization at 0.95, as parts of the ideal's. Rates are inverse to area, so that each
 service asks for the same GPU time; arrivals are Poisson. Every policy may use all shares that the GPU grants.
 
-    python benchmarks/headline.py [--quick] [--out headline.csv] [--folder cache] [--admission "one rule"]
+    python benchmarks/headline.py [--quick] [--out headline.csv] [--folder cache] [--admission "one rule"] [--policies NAME ...]
 
+``--policies DStack Gpulet`` races only these.
 ``--quick`` does two workloads with short runs and a coarser search, in about two minutes on two cores.
 With ``--folder`` an interrupted run goes on where it stopped.
 """
@@ -93,6 +94,15 @@ def ceilings(best: pd.DataFrame, quick: bool) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def print_comparison(best: pd.DataFrame, quick: bool) -> None:
+    """Print D-STACK beside the others, the median, and the ceilings."""
+    print("\nDStack beside the others; '-' where it has no plan for that load")
+    print(best.round(3).to_string(index=False, na_rep="-"))
+    print(f"\nMedian max_load of DStack over workloads: {best['DStack'].median():.3f} of the bound")
+    print("\nHighest load that no schedule can pass, knowing when requests come (lab.ceiling), and DStack's part of it")
+    print(ceilings(best, quick).round(3).to_string(index=False))
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -102,13 +112,15 @@ def main() -> None:
     parser.add_argument("--admission", default="own", choices=["own", "one rule"], help="who turns requests away")
     parser.add_argument("--jobs", type=int, default=-1, help="processes; -1 for one per core")
     parser.add_argument("--progress", action="store_true", help="show a progress bar")
+    parser.add_argument("--policies", nargs="+", metavar="NAME", choices=[*all_policies()], help="race these; all by default")
     chosen = parser.parse_args()
+    racing = {name: policy for name, policy in all_policies().items() if name in (chosen.policies or all_policies())}
     begin = time.perf_counter()
     table = lab.sweep(
         figures,
         profile=PROFILES,
         workload=WORKLOADS[chosen.quick],
-        policy=all_policies(),
+        policy=racing,
         quick=[chosen.quick],
         admission=[chosen.admission],
         folder=chosen.folder,
@@ -118,12 +130,8 @@ def main() -> None:
     loads = table.pivot(index=["profile", "workload"], columns="policy", values="max_load").reindex(PROFILES, level=0)
     print(f"Highest load as a part of the batch-level bound (simulated; admission: {chosen.admission})")
     print(loads.round(3).to_string(na_rep="-"))
-    best = against_others(table)
-    print("\nDStack beside the others; '-' where it has no plan for that load")
-    print(best.round(3).to_string(index=False, na_rep="-"))
-    print(f"\nMedian max_load of DStack over workloads: {best['DStack'].median():.3f} of the bound")
-    print("\nHighest load that no schedule can pass, knowing when requests come (lab.ceiling), and DStack's part of it")
-    print(ceilings(best, chosen.quick).round(3).to_string(index=False))
+    if {"DStack", "Temporal"} <= set(racing):
+        print_comparison(against_others(table), chosen.quick)
     for row in table[table["sustained"] < table["max_load"]].itertuples():
         where = f"{row.policy} on {row.workload}, {row.profile}"
         print(f"{where}: holds up to {row.sustained:.3g}, fails somewhere above it, holds again up to {row.max_load:.3g}")
