@@ -22,8 +22,8 @@ MOST = 2
 class LaneLender:
     """Launch in every lane as soon as requests wait, and lend lanes to who would be late in its own.
 
-    1. *Own lane*: an idle lane launches all that waits. If the oldest would be late for that, they are given up
-       until what is left is served fastest, request by request.
+    1. *Own lane*: an idle lane launches all that waits, or as much as its oldest request can wait for. If that
+       is little, the oldest are given up until what is left is served fastest, request by request.
     2. *Loan*: what would be late in its own lane, or after the launch that runs there, is launched at another
        share, if that is nobody's, or if the owners of idle lanes can wait until that launch has ended.
 
@@ -33,7 +33,7 @@ class LaneLender:
     period : PeriodPlan
         Its shares, the lanes, add up to 100 % at most.
     drop : bool
-        Give up requests that are lost.
+        Give up requests. Without it the oldest are kept, and once they are late go with all that waits.
     """
 
     def __init__(self, plan: Plan, period: PeriodPlan, drop: bool) -> None:
@@ -125,10 +125,8 @@ class LaneLender:
         """Launch what waits, without the oldest requests if they would make too small a batch."""
         share, waits = self.own[view.index], view.queued(view.batch_max)
         batch = _in_time(view, waits, share, view.oldest_deadline_ms - now)
-        if batch >= ENOUGH * waits:
-            return [Launch(view.name, share, batch, "planned")]
-        if not self.drop:
-            return [Launch(view.name, share, max(batch, min(waits, self.points[view.name].batch)), "planned")]
+        if batch >= ENOUGH * waits or not self.drop:
+            return [Launch(view.name, share, batch or waits, "planned")]
         lost, batch = self._cut(view, now, share)
         decisions: list[Decision] = [Drop(view.name, lost)] if lost else []
         return [*decisions, Launch(view.name, share, batch, "planned")] if batch else decisions
