@@ -38,7 +38,13 @@ def check_error(answer: object, recorded: float, simulated: float) -> Verdict:
 
 
 def scatter_puzzle(plan: Plan) -> Trace:
-    """Return a simulated minute of `plan` in turns, with service times that scatter: by how much is the question."""
+    """Return a simulated minute in turns, with service times that scatter: by how much is the question.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is served.
+    """
     return simulate(plan, Temporal(), 60_000.0, seed=10, variability=Lognormal(0.6))
 
 
