@@ -215,8 +215,8 @@ def fit(profile: Profile, model: str, prior: Prior | None = None) -> GpuModel:
     ----------
     profile : Profile
         At least 2 points of `model` (1 with a prior); they may be few, scattered and noisy. One marked ``starved`` counts
-        with its processor time a core (``core_ms``): had it had its cores, it would have taken so long. Where
-        that is not told its time is an upper bound, lowered to what the others allow (see `monotone.tightened`).
+        with its processor time (``core_ms``): had it had its core, it would have taken so long. Where that is
+        not told, for several cores, its time is an upper bound, lowered to what the others allow (`monotone.tightened`).
     model : str
         Network in the profile.
     prior : callable, optional

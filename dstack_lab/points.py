@@ -129,7 +129,8 @@ def digest(windows: list[Point], stable: bool, cores: int | None, interval: floa
     marks += ["throttled"] if any(w.get("throttled") for w in windows) else []
     gpu_ms = [ms for w in windows for ms in w.get("gpu_ms", [])]
     more = {"gpu_ms": float(np.median(gpu_ms))} if gpu_ms else {}
-    more |= {} if cores is None else {"core_ms": sum(w["cpu_ms"] for w in windows) / len(samples) / cores}
+    # of several threads nobody knows how much they would have waited for each other anyway
+    more |= {"core_ms": sum(w["cpu_ms"] for w in windows) / len(samples)} if cores == 1 else {}
     for name in ("clock_mhz", "power_w"):
         told = [w[name] for w in windows if w.get(name) is not None]
         more |= {name: float(np.median(told))} if told else {}

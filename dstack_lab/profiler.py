@@ -26,7 +26,7 @@ from dstack_lab.provenance import Provenance, today, versions_here
 NO_MEMORY = "out of memory"
 #: Windows that fit into `seconds_per_point`.
 WINDOWS = 6
-#: So much longer a point may take if its worker has not had its cores by then.
+#: So much longer a point may take if its worker has not had its one core by then.
 PATIENCE = 2
 
 
@@ -53,7 +53,7 @@ def measure(
     Each network at each share gets a fresh worker process, one at a time. A point is warmed up,
     then timed in windows until the medians of two in a row agree within 2 %, or until
     `seconds_per_point` are over. Windows in which others used the worker's cores are left out if there
-    are better ones; to find some, a point may take twice as long.
+    are better ones; to find some, a point on one core may take twice as long.
 
     Parameters
     ----------
@@ -96,8 +96,8 @@ def measure(
     Profile
         Not strict. Columns: model, batch, gpu_pct; service_ms (median) of one batch; low_ms and high_ms (95 % confidence
         interval of the median, see `points.median_interval`; NaN if repeats are too few); p99_ms; spread
-        (interquartile range / median); repeats; effective_cores (processor time / time); core_ms (on cores:
-        processor time of a batch / cores given, mean); mark (``""``, or of ``unstable``, ``wide interval``,
+        (interquartile range / median); repeats; effective_cores (processor time / time); core_ms (on one core:
+        processor time of a batch, mean); mark (``""``, or of ``unstable``, ``wide interval``,
         ``starved``, ``few repeats``, ``throttled``). On a GPU also
         effective_sms (granted), gpu_ms (median by the GPU's clock), clock_mhz (SMs), power_w. A batch
         that does not fit into memory has no row; the provenance names it.
@@ -222,9 +222,10 @@ class _Bench:
             good = fed(windows, cores)
             used = settled(good)
             stable = len(used) > 1
-            if stable and not starved(used, cores) and (self.interval is None or width(used) <= self.interval):
+            hungry = cores == 1 and starved(used, cores)  # several threads may wait for each other, not for cores
+            if stable and not hungry and (self.interval is None or width(used) <= self.interval):
                 break
-            if len(windows) > 1 and spent_ms >= self.limit_ms * (PATIENCE if starved(good, cores) else 1):
+            if len(windows) > 1 and spent_ms >= self.limit_ms * (PATIENCE if hungry else 1):
                 break
         used = used if stable else good  # what came before was still settling
         granted = getattr(worker, "granted_sms", None)

@@ -178,10 +178,10 @@ def _planned_elsewhere(plan: Plan, device: Device) -> tuple[str, ...]:
 
 
 def _starved(told: Iterable[Message]) -> tuple[str, ...]:
-    """Mark a run whose workers did not have the cores that their shares stand for."""
-    had = [(one["cpu_ms"], one["worker_ms"] * one["cores"]) for one in told if one.get("cpu_ms")]
+    """Mark a run whose workers of one core did not have it; several threads wait for each other anyway."""
+    had = [(one["cpu_ms"], one["worker_ms"]) for one in told if one.get("cpu_ms") and one["cores"] == 1]
     part = sum(cpu for cpu, _ in had) / sum(due for _, due in had) if had else 1.0
-    return (f"starved: the workers had {100 * part:.0f} % of their cores' time; others used them too",) if part < STARVED else ()
+    return (f"starved: workers of one core had {100 * part:.0f} % of its time; others used it too",) if part < STARVED else ()
 
 
 def _annotate(trace: Trace, told: dict[int, Message]) -> None:

@@ -154,6 +154,16 @@ def test_a_starved_point_is_given_twice_the_time_and_then_kept_with_its_mark(mon
     assert len(script.asked) == 13  # of 160 ms each, until 2 s are over
 
 
+def test_threads_that_wait_for_each_other_do_not_cost_time(monkeypatch):
+    """Of several cores 80 % used may be all that a network can use: the point ends when it is stable, with its mark."""
+    script = ScriptedDevice(lambda b, s, n: 20.0)
+    monkeypatch.setattr(Cpu, "start", lambda self, *where, **how: script.start(*where, **how))
+    monkeypatch.setattr(Cpu, "cores_for", lambda self, gpu_pct: 2)
+    script.cores = lambda n: 1.6
+    (row,) = run(Cpu(), batches=(1,), shares=(100,)).table.to_dict("records")
+    assert (row["mark"], "core_ms" in row, len(script.asked)) == ("starved", False, 2)
+
+
 # The interval of the median
 
 
