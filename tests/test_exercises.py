@@ -211,7 +211,8 @@ def trace(profile):
 def test_what_nvidia_smi_shows(trace):
     runs = trace.launches.sort_values("start_ms")
     ticks = np.arange(0, trace.duration_ms, 0.02)
-    running = [((runs["start_ms"] <= t) & (t < runs["end_ms"])).any() for t in ticks]
+    starts, ends = runs["start_ms"].to_numpy(), runs["end_ms"].to_numpy()
+    running = [((starts <= t) & (t < ends)).any() for t in ticks]
     assert lab.exercises.check_smi_utilization(np.mean(running), trace)
     held = ((runs["end_ms"] - runs["start_ms"]) * runs["gpu_pct"]).sum() / 100 / trace.duration_ms
     took = (runs["end_ms"] - runs["start_ms"]).sum() / trace.duration_ms
