@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dstack_lab.constraints import BINDINGS
 from dstack_lab.panels.batch_planner import LIMITS
 from dstack_lab.panels.controls import Choice
 from dstack_lab.panels.live_figure import live, marks, show
+from dstack_lab.workloads import load_of, scaled
 
 V100 = lab.load_profile("v100-simulated")
 
@@ -187,6 +189,26 @@ def test_nobody_passes_the_bound_of_the_requests_that_came():
         facts = panel.facts()
         # the last requests of a run may be served after its end: by the longest SLO over the duration
         assert max(facts["goodput_rps"].values()) <= facts["bound_rps"] * 1.1 + 0.1
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_race_under_bursts_is_the_simulated_one(own):
+    services = [lab.Service("resnet50", 50, lab.Deterministic(100)), lab.Service("vgg19", 100, lab.Poisson(50))] if own else None
+    panel = lab.panels.PolicyRace("C-2", V100, lab.Temporal(), 1000, services)
+    panel.load.value = 0.6
+    seen = {}
+    for kind in ("own", "poisson", "gamma") if own else ("poisson", "gamma"):
+        panel.arrivals.value = kind
+        part = 0.6 / load_of(services, V100) if own else 1
+        makers = {"own": lambda s: s.arrivals, "poisson": lambda s: lab.Poisson(s.rate_rps)}
+        makers["gamma"] = lambda s: lab.Gamma(s.rate_rps, cv=3)
+        base = scaled(services, part) if own else lab.workload("C-2", V100, 0.6)
+        asked = [replace(s, arrivals=makers[kind](s)) for s in base]
+        trace = lab.simulate(lab.optimize(asked, V100, overload="reject"), lab.Temporal(), 1000, seed=1)
+        seen[kind] = panel.facts()["goodput_rps"]["Temporal"]
+        assert seen[kind] == round(float(lab.summary(trace)["goodput_rps"].iloc[-1]), 1)
+        assert panel.facts()["arrivals"] == kind
+    assert len(set(seen.values())) == len(seen)
 
 
 @pytest.mark.parametrize("name", ["PolicyRace", "ScheduleExplorer"])

@@ -37,7 +37,7 @@ class PolicyRace(Racing):
     duration_ms : float
         Of each run [ms].
     services : iterable of Service, optional
-        One's own instead of a workload: their rates are scaled to the load.
+        One's own instead of a workload: their rates are scaled to the load, and come as they say or as `arrivals` does.
 
     Attributes
     ----------
@@ -59,13 +59,14 @@ class PolicyRace(Racing):
         first = workload if self.services is None else names[0]
         self.workload = self._choice("workload", "Workload", names, "Which networks share the GPU", first)
         self._add_load()
-        self.arrivals = self._choice("arrivals", "Arrivals", ARRIVALS, "How requests come")
+        offered = ARRIVALS if self.services is None else (("as the services say", "own"), *ARRIVALS)
+        self.arrivals = self._choice("arrivals", "Arrivals", offered, "How requests come")
         self._add_seed()
         self._begin()
 
     def _look(self) -> Look:
         name, load, kind, seed = self.workload.value, self.load.value, self.arrivals.value, self.seed.value
-        plan = self._plan(name, kind)
+        plan = self._plan(name, None if kind == "own" else kind)
         came = [times.size * 1000 / self.duration_ms for times in sample_arrivals(plan, self.duration_ms, seed)]
         limit = bound_rps(plan, came)[ALL]
         require(limit > 0, "load", load, f"high enough that a request comes within {self.duration_ms:g} ms")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from dstack_lab.arrivals import Gamma, Poisson
 from dstack_lab.bounds import checked_services
 from dstack_lab.checks import positive, require
 from dstack_lab.ledger import PolicyError
@@ -15,7 +17,7 @@ from dstack_lab.services import InfeasiblePlan, Plan, Service
 from dstack_lab.simulator import simulate
 from dstack_lab.traces import Trace
 from dstack_lab.trials import plan_for
-from dstack_lab.workloads import load_of, scaled, workload
+from dstack_lab.workloads import BURSTY_CV, load_of, scaled, workload
 
 Policies = Iterable[Policy] | Mapping[str, Policy] | Policy
 
@@ -78,18 +80,25 @@ class Racing(Panel):
         """Add the control `seed`."""
         self.seed = self._slider("seed", "Seed", 0, 999, 1, "Of the arrivals: every policy sees the same", live=False)
 
-    def _plan(self, name: str, arrivals: str = "poisson") -> Plan:
-        """Plan for a workload's services at the load, or for one's own."""
+    def _plan(self, name: str, arrivals: str | None = None) -> Plan:
+        """Plan for a workload's services at the load, or for one's own; see `services_at`."""
         return plan_for(services_at(self.load.value, self.profile, name, self.services, arrivals), self.profile, "efficacy", None)
 
 
 def services_at(
-    load: float, profile: Profile, name: str, services: Sequence[Service] | None = None, arrivals: str = "poisson"
+    load: float, profile: Profile, name: str, services: Sequence[Service] | None = None, arrivals: str | None = None
 ) -> tuple[Service, ...]:
-    """Services at a part of what any schedule could serve: a workload's, or `services` with their rates scaled to it."""
+    """Services at a part of what any schedule could serve: a workload's, or `services` with their rates scaled to it.
+
+    Without `arrivals`, a workload's requests come as Poisson streams and those of `services` as they say; with
+    ``"poisson"`` or ``"gamma"``, in that way at the same rates.
+    """
     if services is None:
-        return workload(name, profile, load, arrivals=arrivals)
-    return scaled(services, load / load_of(services, profile))
+        return workload(name, profile, load, arrivals=arrivals or "poisson")
+    found = scaled(services, load / load_of(services, profile))
+    if arrivals is None:
+        return found
+    return tuple(replace(s, arrivals=Gamma(s.rate_rps, BURSTY_CV) if arrivals == "gamma" else Poisson(s.rate_rps)) for s in found)
 
 
 def ran(plan: Plan, policy: Policy, name: str, duration_ms: float, seed: int) -> tuple[Trace | None, str]:
