@@ -80,6 +80,47 @@ def test_a_moved_control_changes_facts_words_and_figure_of_its_panel_alone(name)
     assert first.facts()["drawn"] > 0
 
 
+OWN = [lab.Service("resnet50", 50, lab.Poisson(100)), lab.Service("vgg19", 100, lab.Poisson(50))]
+#: Panels in a state where every control counts, and another value of each.
+LEVERS = {
+    "KneeExplorer": (
+        lambda p: p.rule,
+        "capacity",
+        {"model": "vgg19", "batch": 4, "gpu_pct": 20, "rule": "tolerance", "slo_ms": 30.0},
+    ),
+    "BatchPlanner": (None, None, {"model": "vgg19", "slo_ms": 20.0, "rate_rps": 90.0, "objective": "capacity", "gpu_pct": 20}),
+    "ModelAnatomy": (None, None, {"model": "squeezenet1_1", "gpu": "H100", "batch": 4, "gpu_pct": 20}),
+    "PolicyRace": (lambda p: p.load, 0.9, {"workload": "C-3", "load": 0.7, "arrivals": "gamma", "seed": 2}),
+    "ScheduleExplorer": (
+        lambda p: p.load,
+        0.9,
+        {"policy": "Temporal", "load": 0.5, "start_ms": 100.0, "span_ms": 80.0, "seed": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "own"),
+    [(name, field, False) for name, (*_, fields) in LEVERS.items() for field in fields]
+    + [(name, field, True) for name in ("PolicyRace", "ScheduleExplorer") for field in LEVERS[name][2] if field != "workload"],
+)
+def test_no_control_is_only_named(name, field, own):
+    """A control that is moved changes more of the facts than its own line, and the words."""
+    panel = getattr(lab.panels, name)(profile=V100, duration_ms=500, services=OWN) if own else MAKERS[name]()
+    control, value, fields = LEVERS[name]
+    if control is not None:
+        control(panel).value = value
+
+    def told():
+        return {k: v for k, v in panel.facts().items() if k != field}, panel.describe()
+
+    before = told()
+    getattr(panel, field).value = fields[field]
+    after = told()
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_a_panel_without_its_callback_keeps_old_facts(name):
     """What lets a notebook's check notice a disconnected control."""
