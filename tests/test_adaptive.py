@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 from builders import plan, table
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dstack_lab as lab
 from dstack_lab.policies import AdaptiveDStack
-from dstack_lab.policies.windows import plan_period
+from dstack_lab.policies.windows import EPSILON_MS, plan_period
 
 SHARES = tuple(5.0 * k for k in range(1, 21))
 STEP_MS = 4000
@@ -48,12 +50,14 @@ def test_a_step_is_followed_within_a_second():
     assert attainment(followed, "rises", STEP_MS) > attainment(fixed, "rises", STEP_MS) + 0.02
 
 
-def test_new_shares_wait_for_their_standby():
+@pytest.mark.parametrize("switch_ms", [1500, 1500.00000045, 1000 / 3])
+def test_new_shares_wait_for_their_standby(switch_ms):
+    """Until the nanosecond that their instant rounds to: clocks count whole ones."""
     moved = stepping()
-    policy = AdaptiveDStack(switch_ms=1500)
+    policy = AdaptiveDStack(switch_ms=switch_ms)
     trace = lab.simulate(moved, policy, 9000, seed=1)
     known = {s for shares in lab.DStack(reject=True).shares(moved).values() for s in shares}
-    ready_ms = policy.replanned_ms[0] + 1500
+    ready_ms = policy.replanned_ms[0] + switch_ms - EPSILON_MS
     before = trace.launches[trace.launches["start_ms"] < ready_ms]
     after = trace.launches[trace.launches["start_ms"] >= ready_ms]
     assert set(before["gpu_pct"]) <= known
@@ -81,6 +85,51 @@ def test_a_drift_is_followed_and_those_who_leave_are_forgotten():
     assert policy.rates["leaves"] < 20
     assert attainment(followed, "grows", 0) > 0.98
     assert attainment(followed, "leaves", 0) > 0.98
+
+
+def test_windows_that_take_turns_still_do_after_a_change():
+    moved, policy = stepping(), AdaptiveDStack(learns=False, beside=False)
+    lab.simulate(moved, policy, 6500, seed=1)
+    assert policy.replanned_ms
+    now = replace(moved, allocations=tuple(replace(a, rate_rps=policy.rates[a.service]) for a in moved.allocations))
+    in_turns, in_lanes = (plan_period(now, True, beside).windows for beside in (False, True))
+    assert policy.calendar.windows == in_turns != in_lanes
+
+
+STEPS = st.lists(st.sampled_from([0, 5, 50, 300, 900]), min_size=1, max_size=4).filter(any)
+SERVICES = st.lists(st.tuples(st.sampled_from([5, 20, 100 / 3, 400]), STEPS, st.integers(1, 4)), min_size=1, max_size=4)
+COSTS = st.sampled_from([None, lab.Contention(slowdown=0.02), lab.Contention(slowdown=0.3)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    asked=SERVICES,
+    shares=st.sampled_from([SHARES, (25.0, 50.0, 100.0), (100.0,), tuple(100 / 16.5 * k for k in range(1, 17))]),
+    told=COSTS,
+    true=COSTS,
+    switch_ms=st.sampled_from([0.0, 100.1, 100 / 3]),
+    options=st.fixed_dictionaries({}, optional={"reject": st.booleans(), "beside": st.booleans(), "lend": st.booleans()}),
+    seed=st.integers(0, 99),
+)
+def test_whatever_comes_all_are_answered_and_shares_fit(asked, shares, told, true, switch_ms, options, seed):
+    """Lanes, shared lanes and windows take over from each other as rates step, and as launches prove to cost each other."""
+    points = []
+    for i, (slo_ms, rates, batch) in enumerate(asked):
+        steps = lab.Steps(tuple((170 * k, rate) for k, rate in enumerate(rates)))
+        points.append((f"s{i}", slo_ms, steps, shares[len(shares) // 3], batch, table(0.5, 0.2, 40, batch_max=4)))
+    try:
+        policy = AdaptiveDStack(memory=3, switch_ms=switch_ms, **options)
+        trace = lab.simulate(replace(plan(*points, shares=shares), contention=told), policy, 700, seed, contention=true)
+    except lab.InfeasiblePlan:
+        return  # said before the run, and only then
+    assert trace.requests["outcome"].isin(["served", "dropped"]).all()
+    edges = [(end, -share) for end, share in zip(trace.launches["end_ms"], trace.launches["gpu_pct"], strict=True)]
+    edges += [(begin, share) for begin, share in zip(trace.launches["start_ms"], trace.launches["gpu_pct"], strict=True)]
+    held = most = 0.0
+    for _, change in sorted(edges):  # ends before begins
+        held += change
+        most = max(most, held)
+    assert most <= 100 + 1e-6
 
 
 def test_any_share_may_be_asked_for_and_bad_arguments_are_named():

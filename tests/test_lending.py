@@ -106,6 +106,16 @@ def test_shares_that_may_be_borrowed():
     assert beside(replace(one, shares=(100.0,)), 100.0) == ()
 
 
+@pytest.mark.parametrize(
+    "policy", [lab.DStack(), lab.DStack(reject=True), lab.AdaptiveDStack()], ids=lambda p: f"{p.name} {p.reject}"
+)
+def test_one_service_on_a_device_with_one_share(policy):
+    alone = plan(("a", 50, lab.Poisson(100), 100.0, 4, table()), shares=(100.0,))
+    trace = lab.simulate(alone, policy, 1000, seed=1)
+    assert (trace.requests["outcome"] == "served").all()
+    assert (trace.launches["gpu_pct"] == 100).all()
+
+
 TIMES = st.lists(st.integers(0, 120), min_size=1, max_size=60).map(lambda ticks: [t / 2 for t in sorted(ticks)])
 
 

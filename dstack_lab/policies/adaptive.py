@@ -13,7 +13,7 @@ from dstack_lab.policies.dstack import DStack, knows
 from dstack_lab.policies.lane_keeper import LaneKeeper
 from dstack_lab.policies.shared_lanes import share_lanes
 from dstack_lab.policies.slowness import SlownessWatch
-from dstack_lab.policies.windows import PeriodPlan, plan_period
+from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, plan_period
 from dstack_lab.services import InfeasiblePlan, Plan
 from dstack_lab.tables import ServiceTable
 
@@ -81,7 +81,7 @@ class AdaptiveDStack(DStack):
             self.review_ms = now + self.period_ms
             wakes.append(Wake(self.review_ms))
         if self.coming is not None:
-            if now >= self.coming[0]:
+            if now + EPSILON_MS >= self.coming[0]:  # clocks count whole nanoseconds
                 _, plan, made = self.coming
                 if isinstance(made, LaneKeeper):
                     self._keep(made)
@@ -152,7 +152,7 @@ class AdaptiveDStack(DStack):
                 shared = share_lanes(plan, True, tuple(a.rate_rps for a in points))
                 made = LaneKeeper(shared, self.reject, self.factors)
             else:
-                made = plan_period(plan, reject=True)
+                made = plan_period(plan, True, self.beside)
         except InfeasiblePlan:
             return  # not even a part of it fits: the old plan is as good as any
         self.rates = rates
