@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 import dstack_lab.policies as policies
-from dstack_lab.arrivals import Poisson, Replay
+from dstack_lab.arrivals import Poisson
 from dstack_lab.bounds import service_tables
 from dstack_lab.checks import require
 from dstack_lab.contention import Contention
@@ -96,6 +97,18 @@ def validate(
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The requests of a run at the rate that was expected of them: a policy plans for the rate, not for what came."""
+
+    rate_rps: float
+    times_ms: NDArray[np.float64]
+
+    def sample(self, duration_ms: float, rng: np.random.Generator) -> NDArray[np.float64]:
+        """Return all of them, whatever the generator."""
+        return self.times_ms
+
+
 def _replayed(trace: Trace, profile: Profile | None, plan: Plan | None) -> Plan:
     """Return the plan of the run with its very requests."""
     asked = [
@@ -116,10 +129,8 @@ def _replayed(trace: Trace, profile: Profile | None, plan: Plan | None) -> Plan:
     times = dict(list(trace.requests.groupby("service", observed=False)["arrival_ms"]))
     # a request in the last nanosecond was rounded up to the end, where the simulator would not take it
     last = np.nextafter(trace.duration_ms, 0)
-    silent = Replay(np.array([trace.duration_ms]))  # arrives when the run is over
     services = tuple(
-        replace(s, arrivals=Replay(np.minimum(np.sort(times[s.name]), last)) if len(times.get(s.name, ())) else silent)
-        for s in asked
+        replace(s, arrivals=_Recorded(s.rate_rps, np.minimum(np.sort(times.get(s.name, np.empty(0))), last))) for s in asked
     )
     if profile is None:
         return replace(plan, services=services)

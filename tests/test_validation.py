@@ -42,6 +42,15 @@ def test_a_loaded_trace_too(plan, tmp_path):
     assert (lab.validate(trace, TOY)[ERRORS] == 0).all(axis=None)
 
 
+@pytest.mark.parametrize("contention", [None, lab.Contention()])
+@pytest.mark.parametrize("seed", range(3))
+def test_lanes_are_those_of_the_run_whatever_number_of_requests_came(plan, contention, seed):
+    """They are chosen for the rates that were expected: DStack plans for all that services ask for where it may reject."""
+    knows, policy = replace(plan, contention=contention), lab.DStack(reject=True)
+    trace = lab.simulate(knows, policy, 1000, seed)
+    assert (lab.validate(trace, TOY, policy, knows)[ERRORS] == 0).all(axis=None)
+
+
 def test_drawn_service_times_come_from_the_same_seed(plan):
     trace = lab.simulate(plan, lab.Temporal(), 2000, seed=5, variability=lab.Lognormal(0.3))
     assert (lab.validate(trace, TOY, variability=lab.Lognormal(0.3))[ERRORS] == 0).all(axis=None)
@@ -50,8 +59,8 @@ def test_drawn_service_times_come_from_the_same_seed(plan):
 
 def test_the_run_own_policy_and_plan_matter(plan):
     wide = replace(plan, allocations=tuple(replace(a, gpu_pct=100.0, batch=2) for a in plan.allocations))
-    trace = lab.simulate(wide, lab.DStack(patience=0), 2000, seed=5)
-    assert (lab.validate(trace, TOY, lab.DStack(patience=0), wide)[ERRORS] == 0).all(axis=None)
+    trace = lab.simulate(wide, lab.DStack(patience=0.5, lend=False), 2000, seed=5)
+    assert (lab.validate(trace, TOY, lab.DStack(patience=0.5, lend=False), wide)[ERRORS] == 0).all(axis=None)
     assert (lab.validate(trace, TOY)[ERRORS] != 0).any(axis=None)
 
 
