@@ -8,14 +8,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dstack_lab.checks import count, require
+from dstack_lab.vision import torchvision_models
 
 if TYPE_CHECKING:
     import torch
@@ -177,36 +176,6 @@ def from_module(
         return tuple(t[torch.arange(batch, device=t.device) % t.shape[0]] for t in rows)
 
     return Network(name, _place(module, device), take)
-
-
-def torchvision_models() -> ModuleType:
-    """Import ``torchvision.models``, also beside a torch its compiled operators were not built for.
-
-    The compiled library is tried first, by importing. Only if it could not be loaded are the two
-    operators that the rest of torchvision refers to declared (without an implementation: image
-    classification never calls them), and the import is done again.
-    """
-    try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    import torch
-
-    for half in [m for m in sys.modules if m == "torchvision" or m.startswith("torchvision.")]:
-        del sys.modules[half]  # what the failed import left behind
-    schemas = {
-        "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    }
-    for operator, schema in schemas.items():
-        if not hasattr(torch.ops.torchvision, operator):
-            _DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))  # type: ignore[no-untyped-call]
-            _DECLARED[-1].define(schema)
-    return importlib.import_module("torchvision.models")
-
-
-_DECLARED: list[Any] = []  # torch forgets a declaration when its Library object dies
 
 
 def _seeded(build: Callable[[], nn.Module], device: str | torch.device, seed: int, trained: bool = False) -> nn.Module:

@@ -18,7 +18,7 @@ FLOORS: dict[float, str] = {
     -1: "checks digests files progress protocol",
     -0.5: "cells points provenance",
     0: "arrivals profiles traces variability",
-    0.5: "bert brackets monotone operations tables",
+    0.5: "bert brackets monotone operations tables vision",
     0.7: "contention fusion",
     1: "gpu_specs kernels knees services zoo",
     1.5: "chrome_trace constraints kernel_cost kriging state surface trace_tables",

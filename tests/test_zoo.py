@@ -133,11 +133,21 @@ import sys, types, torch
 real = torch.library.Library("torchvision", "DEF")
 real.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 real.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-from dstack_lab import zoo
+from dstack_lab import vision, zoo
 zoo.torchvision_models()
-assert zoo._DECLARED == []
+assert vision.DECLARED == []
 """
 
 
 def test_nothing_is_declared_where_the_operators_are_there():
     subprocess.run([sys.executable, "-c", OPERATORS_LOAD], check=True)
+
+
+def test_a_network_is_loaded_without_the_compiler_and_who_wants_it_gets_it():
+    code = """import sys; from dstack_lab import zoo
+zoo.load("squeezenet1_1", seed=0)
+print("torch._dynamo" in sys.modules)
+import torch._dynamo.utils
+print(torch._dynamo.utils.__file__.endswith("utils.py"), callable(torch._dynamo.optimize))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
