@@ -122,6 +122,7 @@ def run(
     device = Cpu() if device is None else device
     require(isinstance(device, Device), "device", device, "a device such as devices.Cpu()")
     require(isinstance(policy, Policy), "policy", policy, "a Policy object such as Temporal()")
+    require(isinstance(policy, Policy), "policy", policy, "a Policy object such as Temporal()")
     fits = not policy.oversubscribes or getattr(device, "oversubscribe", True)
     require(fits, "device", device, f"one with oversubscribe=True for {policy.name}, whose shares sum to more than 100")
     drain_ms = duration_ms if drain_ms is None else positive("drain_ms", drain_ms)
