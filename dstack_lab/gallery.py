@@ -156,7 +156,7 @@ def live(profile: lab.Profile) -> go.Figure:
 PICTURES = (
     Picture(
         "timeline-readme",
-        "00, 05; `ScheduleExplorer`",
+        "00 and 05; `ScheduleExplorer`",
         "Each launch is a rectangle: as wide as its service time, as high as its share. Launches lie beside each other, "
         "and what is empty was free.",
         golden,
@@ -203,7 +203,7 @@ PICTURES = (
     Picture(
         "late",
         "06; `ScheduleExplorer`",
-        "The same plan served rigidly, without opportunistic launches: windows pass half empty while requests wait. "
+        "The same plan served rigidly, without opportunistic launches: requests wait for their windows beside GPU% that is free. "
         "Hatched with a red edge: launches that hold late requests.",
         late,
     ),
