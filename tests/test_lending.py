@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from builders import plan, table
 from hypothesis import given, settings
@@ -104,6 +105,19 @@ def test_shares_that_may_be_borrowed():
     assert beside(one, 10.0) == (20.0,)  # twice as much is the next larger one
     assert beside(one, 100.0) == (90.0,)
     assert beside(replace(one, shares=(100.0,)), 100.0) == ()
+
+
+@pytest.mark.parametrize("told", [None, lab.Contention(slowdown=1e-9)], ids=["lent", "shared"])
+def test_a_lane_of_a_seventh_never_idles_while_requests_wait(told):
+    """Shares that six lanes hold, taken from 100 one by one, leave a hair less than the seventh."""
+    share = 100 / 7
+    points = [(f"s{k}", 100, lab.Poisson(70), share, 1, table(10, 0.5, 5, batch_max=8)) for k in range(7)]
+    made = replace(plan(*points, shares=(share,)), contention=told)
+    trace = lab.simulate(made, lab.DStack(patience=0), 2000, seed=1, contention=lab.Contention(slowdown=0))
+    arrived = trace.requests.groupby("launch")["arrival_ms"].min()
+    for _, mine in trace.launches.groupby("service", observed=True):
+        idle_since = mine["end_ms"].shift(fill_value=0)
+        assert mine["start_ms"].to_numpy() == pytest.approx(np.maximum(idle_since, mine["launch"].map(arrived)), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class DStack(Policy):
         self.blocked: list[Booking] = []  # windows whose time has come but whose share is not free yet
         self.woken_ms = -1.0
         self.own = {name: a.gpu_pct for name, a in self.point.items()}
-        self.needs_pct = min(self.own.values())
+        self.needs_pct = min(self.own.values()) - EPSILON_MS
         # then no window ever waits for another; launches of an earlier plan may hold less than their windows now
         self.side_by_side = now == 0 and _added(self.own.values()) <= 100
 

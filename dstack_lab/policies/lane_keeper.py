@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Wake
 from dstack_lab.policies.scoreboard import Scoreboard
-from dstack_lab.policies.shared_lanes import SharedLanes
+from dstack_lab.policies.shared_lanes import SLACK, SharedLanes
 from dstack_lab.services import Allocation
 
 
@@ -24,7 +24,7 @@ class LaneKeeper:
 
     def __init__(self, shared: SharedLanes, drop: bool, factors: Mapping[str, float] | None = None) -> None:
         self.shared, self.drop = shared, drop
-        self.needs_pct = min(lane.gpu_pct for lane in shared.lanes)
+        self.needs_pct = min(lane.gpu_pct for lane in shared.lanes) - SLACK
         known = factors or {}
         pairs = [(p.service, s) for lane in shared.lanes for p, s in zip(lane.points, lane.slowdown, strict=True)]
         self._slow = {name: slow * known.get(name, 1.0) for name, slow in pairs}
@@ -41,7 +41,7 @@ class LaneKeeper:
         if self.drop and (lost := self._lost(state)):
             return [*lost, Wake(state.now_ms)]
         launches: list[Decision] = []
-        free = state.free_pct + 1e-6
+        free = state.free_pct + SLACK
         for lane, served in zip(self.shared.lanes, self._served, strict=True):
             if lane.gpu_pct > free or any(state[p.service].in_flight for p in lane.points):
                 continue

@@ -42,7 +42,8 @@ class LaneLender:
         self.own = [a.gpu_pct for a in period.allocations]
         self.others = [beside(plan, own) for own in self.own]
         self.rates = [a.rate_rps / 1000 for a in plan.allocations]
-        self.needs_pct = min(self.own + [shares[0] for shares in self.others if shares])
+        # a hair less, as `decide` takes it: the sums of shares such as 100/7 round
+        self.needs_pct = min(self.own + [shares[0] for shares in self.others if shares]) - EPSILON_MS
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Loans, the earliest deadline first; then every lane that is idle."""
