@@ -107,3 +107,18 @@ def test_half_the_bound_always_has_a_plan_that_rejects_nobody(name):
     for service in asked.services:
         held = sum(w.batch for w in period.windows if w.service == service.name)
         assert held >= service.rate_rps * period.period_ms / 1000 - 1e-6
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_service_with_a_far_shorter_slo_gets_its_windows(beside):
+    """The period is the longest SLO, 500 ms. A request of the other takes 0.7 ms: its windows come at most 4.3 ms apart."""
+    fast, slow = ("fast", 5, lab.Poisson(50), 25.0, 1, table(0.5, 0.2)), ("slow", 500, lab.Poisson(100), 25.0, 4, table(4, 2))
+    made = plan(fast, slow)
+    period = lab.plan_period(made, beside=beside)
+    starts = [w.start_ms for w in period.windows if w.service == "fast"]
+    ends = [w.end_ms for w in period.windows if w.service == "fast"]
+    following = [*starts[1:], starts[0] + 500]
+    assert all(end - ms <= 5 + 1e-6 for ms, end in zip(starts, [*ends[1:], ends[0] + 500], strict=True))
+    assert all(end <= ms + 1e-6 for end, ms in zip(ends, following, strict=True))
+    trace = lab.simulate(made, lab.DStack(beside=beside), 2000, seed=1)
+    assert lab.summary(trace)["slo_attainment"].tolist() == [1, 1, 1]

@@ -178,7 +178,7 @@ def ipc(device: str = "cuda") -> dict[str, Any]:
     context = processes.get_context("spawn")
     there, back = context.Queue(), context.Queue()
     tensor = torch.arange(1000, device=device, dtype=torch.float32)
-    child = context.Process(target=_ipc_child, args=(there, back))
+    child = context.Process(target=_ipc_child, args=(there, back), daemon=True)  # else a failure here waits for its end
     begin = time.perf_counter()
     child.start()
     there.put(tensor)
@@ -210,10 +210,11 @@ def kineto() -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         _ = one @ one
         torch.cuda.synchronize()
-    path = os.path.join(tempfile.mkdtemp(), "trace.json")
-    recorded.export_chrome_trace(path)
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trace.json")
+        recorded.export_chrome_trace(path)
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
     kernels = [event for event in content["traceEvents"] if event.get("cat") == "kernel"]
     if not kernels:
         raise RuntimeError("no kernel records: CUPTI is not available here")

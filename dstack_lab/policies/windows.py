@@ -211,7 +211,11 @@ def _options(
     arrive = headroom * point.rate_rps * period / 1000
     fewest = max(1, math.ceil(arrive / table.batch_max - EPSILON_MS))
     for share in shares:
-        for windows in range(fewest, fewest + MOST_WINDOWS):
+        # of a service with a far shorter SLO than the longest one, single requests need more windows than that
+        one_ms = table.at(1, share)
+        often = math.ceil(period / (service.slo_ms - one_ms) - EPSILON_MS) if 2 * one_ms <= service.slo_ms else 0
+        begin = often if often >= fewest + MOST_WINDOWS else fewest
+        for windows in range(begin, begin + MOST_WINDOWS):
             batch = max(1, math.ceil(arrive / windows - EPSILON_MS))
             ms = table.at(batch, share)
             gap = period / windows
