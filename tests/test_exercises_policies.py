@@ -472,6 +472,7 @@ def test_errors_are_relative_to_what_was_recorded():
     refused(exercises.check_error(0.8, 40, 50), "upside down")
     assert exercises.check_error("\N{MINUS SIGN}20 %", 50, 40)
     refused(exercises.check_error(25, 40, 50), "fraction")
+    refused(exercises.check_error(-25, 40, 30), "fraction of what was recorded")
 
 
 def test_the_scatter_of_the_recording_is_found(plan, profile):

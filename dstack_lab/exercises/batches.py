@@ -125,7 +125,9 @@ def check_operating_point(answer: object, service: Service, profile: Profile, ob
         return wrong(said)
     score = score_of(ms, int(batch), share, objective)
     if score >= (1 - TIE) * best:
-        return right(f"No feasible point has a better {objective}: batch {int(batch)} at {share:g} GPU%, {ms:.1f} ms.")
+        return right(
+            f"No feasible point is more than {TIE:.0%} better in {objective}: batch {int(batch)} at {share:g} GPU%, {ms:.1f} ms."
+        )
     other = "capacity" if objective == "efficacy" else "efficacy"
     if score_of(ms, int(batch), share, other) >= (1 - TIE) * float(scores(table, shares, other)[good].max()):
         return wrong(f"That is the best point for {other}. The question asks for {objective}.")

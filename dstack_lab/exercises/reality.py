@@ -28,6 +28,7 @@ def check_error(answer: object, recorded: float, simulated: float) -> Verdict:
         Mistake(-truth, "The sign: above 0 means that the simulation says more than was recorded."),
         Mistake(1 - recorded / simulated, "Relative to what was recorded, for that is what happened."),
         Mistake(recorded / simulated - 1, "The simulation is judged by the recording, not the other way round."),
+        Mistake(100 * truth, "Right idea; give it as a fraction of what was recorded, not in percent."),
         Mistake(simulated / recorded, "That is the ratio. By how much does it differ from 1?"),
         Mistake(simulated - recorded, "That is the difference, in the unit of both. Divide by what was recorded."),
         Mistake(recorded - simulated, "That is the difference, in the unit of both, and the sign is that of the recording."),
