@@ -173,3 +173,13 @@ def test_lending_is_worth_it(workload, load):
     table = lab.compare(services, profile, kinds, (load,), seeds=(1, 2), duration_ms=3000, baseline="keeps", jobs=1)
     parts = table[table["service"] != "all"].groupby("policy", observed=True)["slo_attainment"].min()
     assert parts["lends"] > parts["keeps"]
+
+
+def test_alone_near_the_bound_lanes_are_no_worse_than_turns():
+    """Nothing is dropped and nobody lends: late requests must not make the batches after them small."""
+    profile = lab.load_profile("v100-simulated")
+    alone = lab.bound([lab.Service("vgg19", 100, lab.Poisson(1))], profile).area_pct_ms[0]
+    asked = [lab.Service("vgg19", 100, lab.Poisson(0.9 * 100_000 / alone))]
+    made = lab.optimize(asked, profile, overload="reject")
+    lanes, turns = (lab.summary(lab.simulate(made, p, 5000, seed=1)).iloc[-1] for p in (lab.DStack(), lab.Temporal()))
+    assert lanes["goodput_rps"] > turns["goodput_rps"]

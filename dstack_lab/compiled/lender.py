@@ -23,6 +23,7 @@ class Rules(NamedTuple):
     wait: Integers
     full: Integers  # batch that counts as ready
     most: Integers
+    batch: Integers
     rate: Floats  # per ms
     shares: Floats  # service, place: the own lane's first
     places: Integers  # how many of them
@@ -83,6 +84,7 @@ def _rules(keeper: LaneLender, books: Books, slo_ns: Integers, wait_ns: Integers
         wait=wait_ns,
         full=np.array([a.batch for a in plan.allocations], dtype=np.int64),
         most=np.array([t.batch_max for t in plan.tables], dtype=np.int64),
+        batch=np.array([keeper.points[s.name].batch for s in plan.services], dtype=np.int64),
         rate=np.array(keeper.rates, dtype=np.float64),
         shares=shares,
         places=np.array([len(row) for row in rows], dtype=np.int64),

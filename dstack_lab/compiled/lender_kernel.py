@@ -199,14 +199,15 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
                 continue
             waits = _waiting(arrival, head[i], min(stop[i], head[i] + rules.most[i]), now)
             batch = _in_time(rules.ms[i, 0], waits, (arrival[head[i]] + rules.slo[i]) / NS_PER_MS - now_ms)
-            if rules.drop and batch < rules.enough * waits:
-                lost, batch = _cut(arrival, head[i], stop[i], rules, now, i)
-                _give_up(queues, i, lost)
-                waiting -= lost
-                if lost > 0 and batch == 0:
-                    ready_at[i] = _ready(arrival, head[i], stop[i], rules.full[i], rules.wait[i])
-            elif batch == 0:
-                batch = waits
+            if batch < rules.enough * waits:
+                if rules.drop:
+                    lost, batch = _cut(arrival, head[i], stop[i], rules, now, i)
+                    _give_up(queues, i, lost)
+                    waiting -= lost
+                    if lost > 0 and batch == 0:
+                        ready_at[i] = _ready(arrival, head[i], stop[i], rules.full[i], rules.wait[i])
+                else:
+                    batch = max(batch, min(waits, rules.batch[i])) if batch > 0 else waits
             if batch > 0:
                 plan[launches, 0], plan[launches, 1], plan[launches, 2], plan[launches, 3] = i, 0, batch, PLANNED
                 launches += 1

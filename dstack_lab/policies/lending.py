@@ -33,7 +33,8 @@ class LaneLender:
     period : PeriodPlan
         Its shares, the lanes, add up to 100 % at most.
     drop : bool
-        Give up requests. Without it the oldest are kept, and once they are late go with all that waits.
+        Give up requests. Without it a batch is no smaller than the one that keeps up with the rate, and once the
+        oldest request is lost all that waits goes with it.
     """
 
     def __init__(self, plan: Plan, period: PeriodPlan, drop: bool) -> None:
@@ -126,8 +127,11 @@ class LaneLender:
         """Launch what waits, without the oldest requests if they would make too small a batch."""
         share, waits = self.own[view.index], view.queued(view.batch_max)
         batch = _in_time(view, waits, share, view.oldest_deadline_ms - now)
-        if batch >= ENOUGH * waits or not self.drop:
-            return [Launch(view.name, share, batch or waits, "planned")]
+        if batch >= ENOUGH * waits:
+            return [Launch(view.name, share, batch, "planned")]
+        if not self.drop:
+            planned = min(waits, self.points[view.name].batch)
+            return [Launch(view.name, share, max(batch, planned) if batch else waits, "planned")]
         lost, batch = self._cut(view, now, share)
         decisions: list[Decision] = [Drop(view.name, lost)] if lost else []
         return [*decisions, Launch(view.name, share, batch, "planned")] if batch else decisions
