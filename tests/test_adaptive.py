@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dstack_lab as lab
 from dstack_lab.policies import AdaptiveDStack
-from dstack_lab.policies.windows import EPSILON_MS, plan_period
+from dstack_lab.policies.windows import EPSILON, plan_period
 
 SHARES = tuple(5.0 * k for k in range(1, 21))
 STEP_MS = 4000
@@ -57,7 +57,7 @@ def test_new_shares_wait_for_their_standby(switch_ms):
     policy = AdaptiveDStack(switch_ms=switch_ms)
     trace = lab.simulate(moved, policy, 9000, seed=1)
     known = {s for shares in lab.DStack(reject=True).shares(moved).values() for s in shares}
-    ready_ms = policy.replanned_ms[0] + switch_ms - EPSILON_MS
+    ready_ms = policy.replanned_ms[0] + switch_ms - EPSILON
     before = trace.launches[trace.launches["start_ms"] < ready_ms]
     after = trace.launches[trace.launches["start_ms"] >= ready_ms]
     assert set(before["gpu_pct"]) <= known

@@ -13,7 +13,7 @@ from dstack_lab.compiled.notes import coded
 from dstack_lab.ledger import SHARE_SLACK
 from dstack_lab.policies.dstack import MEMORY, DStack
 from dstack_lab.policies.lending import LaneLender
-from dstack_lab.policies.windows import EPSILON_MS
+from dstack_lab.policies.windows import EPSILON
 from dstack_lab.state import NS_PER_MS
 
 #: Wake-ups that can be ahead at once: one for the next window, and rarely a second.
@@ -115,7 +115,7 @@ def _rules(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, du
         owner=np.array([names.index(w.service) for w in windows], dtype=np.int64),
         period=float(policy.scores.period_ms),
         needs=float(policy.needs_pct),
-        epsilon=EPSILON_MS,
+        epsilon=EPSILON,
         slack=SHARE_SLACK,
         planned=bool(policy.planned),
         opportunistic=bool(policy.opportunistic),

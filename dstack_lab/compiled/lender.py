@@ -11,7 +11,7 @@ from dstack_lab.compiled.lender_kernel import LAUNCHES, NOW, RUNNING, WAITING, g
 from dstack_lab.compiled.notes import coded
 from dstack_lab.ledger import SHARE_SLACK
 from dstack_lab.policies.lending import ENOUGH, MOST, SAFE, WORTH, LaneLender
-from dstack_lab.policies.windows import EPSILON_MS
+from dstack_lab.policies.windows import EPSILON
 from dstack_lab.state import NEVER_NS, NS_PER_MS
 
 
@@ -93,7 +93,7 @@ def _rules(keeper: LaneLender, books: Books, slo_ns: Integers, wait_ns: Integers
         widest=np.lexsort((np.arange(len(rows)), -shares[:, 0])),
         drop=keeper.drop,
         needs=float(keeper.needs_pct),
-        epsilon=EPSILON_MS,
+        epsilon=EPSILON,
         slack=SHARE_SLACK,
         enough=ENOUGH,
         worth=WORTH,

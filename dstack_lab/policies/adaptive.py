@@ -13,7 +13,7 @@ from dstack_lab.policies.dstack import DStack, knows
 from dstack_lab.policies.lane_keeper import LaneKeeper
 from dstack_lab.policies.shared_lanes import share_lanes
 from dstack_lab.policies.slowness import SlownessWatch
-from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, plan_period
+from dstack_lab.policies.windows import EPSILON, PeriodPlan, plan_period
 from dstack_lab.services import InfeasiblePlan, Plan
 from dstack_lab.tables import ServiceTable
 
@@ -69,7 +69,7 @@ class AdaptiveDStack(DStack):
         self.contention = told  #: what it believes launches cost each other
         self.factors: dict[str, float] = {}  #: what it believes a launch alone takes, over what it was told
         self.watch = SlownessWatch(told.exponent)
-        self.needs_pct = plan.shares[0] - EPSILON_MS  # engines ask once: later lanes may be narrower than the first ones
+        self.needs_pct = plan.shares[0] - EPSILON  # engines ask once: later lanes may be narrower than the first ones
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Review the rates at a period's end, then schedule as D-STACK does."""
@@ -81,7 +81,7 @@ class AdaptiveDStack(DStack):
             self.review_ms = now + self.period_ms
             wakes.append(Wake(self.review_ms))
         if self.coming is not None:
-            if now + EPSILON_MS >= self.coming[0]:  # clocks count whole nanoseconds
+            if now + EPSILON >= self.coming[0]:  # clocks count whole nanoseconds
                 _, plan, made = self.coming
                 if isinstance(made, LaneKeeper):
                     self._keep(made)

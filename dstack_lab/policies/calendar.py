@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan
+from dstack_lab.policies.windows import EPSILON, PeriodPlan
 from dstack_lab.state import NS_PER_MS, GpuState, ServiceView
 
 
@@ -45,7 +45,7 @@ class Calendar:
 
     def take_due(self, now_ms: float) -> list[Booking]:
         """Windows that have started since the last call."""
-        due = self.before(now_ms + 2 * EPSILON_MS)
+        due = self.before(now_ms + 2 * EPSILON)
         self._taken += len(due)
         if self._taken == len(self._ahead):
             self._write_out()
@@ -57,7 +57,7 @@ class Calendar:
 
     def before(self, end_ms: float) -> list[Booking]:
         """Windows not taken yet that start before `end_ms`."""
-        limit, first, ahead = end_ms - EPSILON_MS, self._taken, self._ahead
+        limit, first, ahead = end_ms - EPSILON, self._taken, self._ahead
         last = first
         while True:
             while last < len(ahead) and ahead[last].start_ms < limit:
@@ -85,7 +85,7 @@ class Calendar:
             for begin, stop, _, of, pct in ahead:
                 if begin <= start < stop and of != name and of not in holders:
                     reserved += pct
-            if reserved + share + held > 100 + EPSILON_MS:
+            if reserved + share + held > 100 + EPSILON:
                 return False
         return True
 

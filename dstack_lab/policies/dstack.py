@@ -11,7 +11,7 @@ from dstack_lab.policies.lane_keeper import LaneKeeper
 from dstack_lab.policies.lending import LaneLender, beside
 from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.policies.shared_lanes import share_lanes
-from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan, ladders, plan_period
+from dstack_lab.policies.windows import EPSILON, PeriodPlan, ladders, plan_period
 from dstack_lab.services import Allocation, Plan
 
 #: The scoreboard remembers this many periods.
@@ -98,7 +98,7 @@ class DStack(Policy):
         self.blocked: list[Booking] = []  # windows whose time has come but whose share is not free yet
         self.woken_ms = -1.0
         self.own = {name: a.gpu_pct for name, a in self.point.items()}
-        self.needs_pct = min(self.own.values()) - EPSILON_MS
+        self.needs_pct = min(self.own.values()) - EPSILON
         # then no window ever waits for another; launches of an earlier plan may hold less than their windows now
         self.side_by_side = now == 0 and _added(self.own.values()) <= 100
 
@@ -132,7 +132,7 @@ class DStack(Policy):
             if late:
                 return [*late, Wake(now)]
         launches: list[Launch] = []
-        if self.planned and (self.blocked or self.calendar.next_ms <= now + EPSILON_MS):
+        if self.planned and (self.blocked or self.calendar.next_ms <= now + EPSILON):
             self._open_windows(state, now, launches)
         if self.opportunistic and state.startable and state.free_pct >= self.needs_pct:
             self._fill(state, now, launches)
@@ -151,7 +151,7 @@ class DStack(Policy):
                 continue
             if not service.ready and service.oldest_deadline_ms >= window.next_end_ms:
                 continue  # the next window serves it in time, with a fuller batch
-            if window.gpu_pct <= state.free_pct - _sum(launches) + EPSILON_MS:
+            if window.gpu_pct <= state.free_pct - _sum(launches) + EPSILON:
                 self.scores.add(now, service.name, window.gpu_pct * service.service_ms(batch, window.gpu_pct))
                 launches.append(Launch(service.name, window.gpu_pct, batch, "planned"))
                 started.add(window.service)
@@ -174,7 +174,7 @@ class DStack(Policy):
             received = self.scores.received
             ready.sort(key=lambda s: (received[s.name] if self.fair else 0.0, s.due_ms, s.index))
             others = _added([self.own[s.name] for s in ready])
-        free = state.free_pct - taken - reserved + EPSILON_MS
+        free = state.free_pct - taken - reserved + EPSILON
         for service in ready:
             own = self.own[service.name]
             others -= own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, ServiceView
-from dstack_lab.policies.windows import EPSILON_MS, PeriodPlan
+from dstack_lab.policies.windows import EPSILON, PeriodPlan
 from dstack_lab.services import Allocation, Plan
 from dstack_lab.state import NS_PER_MS
 
@@ -44,11 +44,11 @@ class LaneLender:
         self.others = [beside(plan, own) for own in self.own]
         self.rates = [a.rate_rps / 1000 for a in plan.allocations]
         # a hair less, as `decide` takes it: the sums of shares such as 100/7 round
-        self.needs_pct = min(self.own + [shares[0] for shares in self.others if shares]) - EPSILON_MS
+        self.needs_pct = min(self.own + [shares[0] for shares in self.others if shares]) - EPSILON
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Loans, the earliest deadline first; then every lane that is idle."""
-        now, free = state.now_ms, state.free_pct + EPSILON_MS
+        now, free = state.now_ms, state.free_pct + EPSILON
         decisions: list[Decision] = []
         gone = set[int]()  # lanes that are lent, and whose service has borrowed
         if behind := self._behind(state, now):

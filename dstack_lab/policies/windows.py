@@ -19,7 +19,8 @@ HEADROOMS = (1.5, 1.3, 1.15, 1.07, 1.0)
 PARTS = tuple(part / 100 for part in range(95, 0, -5))
 #: Neighbours of the plan's operating points that are tried, and most windows of a service in a period beyond the fewest.
 ATTEMPTS, MOST_WINDOWS = 60, 24
-EPSILON_MS = 1e-6
+#: Room for the rounding of sums: of times [ms], of shares [GPU%] and of counts.
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ def _windows_of(period: float, plan: Plan, points: tuple[Allocation, ...], rejec
             option = min(options, key=lambda o: (o.point.batch, o.windows))
             number, point = option.windows, option.point
         elif reject:
-            number = max(1, math.floor(period / point.service_ms + EPSILON_MS))
+            number = max(1, math.floor(period / point.service_ms + EPSILON))
         else:
             return None
         allocations.append(point)
@@ -209,14 +210,14 @@ def _options(
     """Ways to give a service its windows: the plan's share first, then the rest by the GPU time they reserve."""
     found: list[_Option] = []
     arrive = headroom * point.rate_rps * period / 1000
-    fewest = max(1, math.ceil(arrive / table.batch_max - EPSILON_MS))
+    fewest = max(1, math.ceil(arrive / table.batch_max - EPSILON))
     for share in shares:
         # of a service with a far shorter SLO than the longest one, single requests need more windows than that
         one_ms = table.at(1, share)
-        often = math.ceil(period / (service.slo_ms - one_ms) - EPSILON_MS) if 2 * one_ms <= service.slo_ms else 0
+        often = math.ceil(period / (service.slo_ms - one_ms) - EPSILON) if 2 * one_ms <= service.slo_ms else 0
         begin = often if often >= fewest + MOST_WINDOWS else fewest
         for windows in range(begin, begin + MOST_WINDOWS):
-            batch = max(1, math.ceil(arrive / windows - EPSILON_MS))
+            batch = max(1, math.ceil(arrive / windows - EPSILON))
             ms = table.at(batch, share)
             gap = period / windows
             if gap + ms <= service.slo_ms and ms <= gap:
@@ -230,7 +231,7 @@ def _options(
 
 def _place(period: float, services: tuple[Service, ...], chosen: list[_Option]) -> list[Window] | None:
     """Earliest deadline first; None if a window cannot start in time."""
-    if sum(option.reserved for option in chosen) > 1 + EPSILON_MS:
+    if sum(option.reserved for option in chosen) > 1 + EPSILON:
         return None
     wanted = []
     for service, option in zip(services, chosen, strict=True):
@@ -249,15 +250,15 @@ def _place(period: float, services: tuple[Service, ...], chosen: list[_Option]) 
 def _earliest(period: float, placed: list[Window], point: Allocation, release: float, latest: float) -> float | None:
     """First start from `release` to `latest` where the share is free throughout, on a circle of one period."""
     around = [(w.start_ms + turn, w.end_ms + turn, w) for w in placed for turn in (-period, 0.0, period)]
-    starts = sorted({release, *(end for _, end, _ in around if release < end <= latest + EPSILON_MS)})
+    starts = sorted({release, *(end for _, end, _ in around if release < end <= latest + EPSILON)})
     for start in starts:
         end = start + point.service_ms
-        beside = [(a, b, w) for a, b, w in around if a < end - EPSILON_MS and b > start + EPSILON_MS]
+        beside = [(a, b, w) for a, b, w in around if a < end - EPSILON and b > start + EPSILON]
         if any(w.service == point.service for _, _, w in beside):
             continue
         edges = [start, *(a for a, _, _ in beside if a > start)]
-        used = (sum(w.gpu_pct for a, b, w in beside if a <= t + EPSILON_MS < b) for t in edges)
-        if all(u + point.gpu_pct <= 100 + EPSILON_MS for u in used):
+        used = (sum(w.gpu_pct for a, b, w in beside if a <= t + EPSILON < b) for t in edges)
+        if all(u + point.gpu_pct <= 100 + EPSILON for u in used):
             return start
     return None
 
