@@ -1,4 +1,4 @@
-"""The workers of a run: one for each service and share that is in use, standbys for those to come, none left behind."""
+"""The workers of a run: those of each service and share that is in use, standbys for those to come, none left behind."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from types import TracebackType
 from typing import Self
 
 from dstack_lab.devices.base import Device, Worker
+from dstack_lab.ledger import SHARE_SLACK
 from dstack_lab.services import Plan
-from dstack_lab.starter import Arrival, Order, Starter
+from dstack_lab.starter import Arrival, Order, Place, Starter
 
 #: Batches up to this are each warmed up; of larger ones the powers of two.
 WARM_ALL = 16
 #: A worker that failed to start this often in a row is given up.
 MOST_STARTS = 3
+
+
+def beside(gpu_pct: float, copies: int, oversubscribes: bool = False) -> int:
+    """Workers of one service at a share that can be busy at once: `copies`, as far as they fit on the GPU together."""
+    return copies if oversubscribes else max(1, min(copies, int((100 + SHARE_SLACK) / gpu_pct)))
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +63,12 @@ class Fleet:
         Further arguments of `Device.start`, such as ``memory_mib``.
     first : dict of str to tuple of float, optional
         Shares to prepare before the run; all of `shares` by default.
+    copies : int
+        Launches of one service at one share that may run at once: each share has as many workers, as far as they fit
+        beside each other. Where the GPU takes fewer workers than that, further copies are left out, one by one
+        of each service and share, never the first.
+    oversubscribes : bool
+        Launches need not fit beside each other.
     """
 
     def __init__(
@@ -67,23 +79,28 @@ class Fleet:
         seed: int,
         options: dict[str, object] | None = None,
         first: dict[str, tuple[float, ...]] | None = None,
+        copies: int = 1,
+        oversubscribes: bool = False,
     ) -> None:
-        self.device, self.shares = device, shares
-        self.members: dict[tuple[str, float], Member] = {}
-        self.coming: dict[tuple[str, float], Order] = {}
-        self.lost: set[tuple[str, float]] = set()
+        self.device, self.shares, self.first = device, shares, first or shares
+        self.copies, self.oversubscribes = copies, oversubscribes
+        self.members: dict[Place, Member] = {}
+        self.coming: dict[Place, Order] = {}
+        self.lost: set[Place] = set()
+        self.left_out: dict[tuple[str, float], int] = {}  #: further copies that the GPU does not take
         self.by_fd: dict[int, Member] = {}
         self.restarting = False  #: all workers are being ended
-        #: No worker stands in for another: all are there, and a lost one means that those in its process are too.
+        #: No worker stands in for one of another share: all are there, and a lost one means that those in its process are too.
         self.exact = getattr(device, "prepares_all", False)
         self.most: float = device.most_workers() if hasattr(device, "most_workers") else math.inf
         self.starter = Starter(device, seed, options or {})
         self._made = {s.name: (s.model, _warm(t.batch_max)) for s, t in zip(plan.services, plan.tables, strict=True)}
         try:
-            for service in plan.services:
-                for share in (first or shares)[service.name]:
-                    order = self._order(service.name, share)
-                    self._join(order, self.starter.start(order))
+            for copy in range(copies):
+                for service in plan.services:
+                    for share in self.first[service.name]:
+                        if copy < self.places(share):
+                            self._begin(service.name, share, copy)
         except BaseException:
             self.close(force=True)
             raise
@@ -105,21 +122,24 @@ class Fleet:
         """Members of a service."""
         return [member for member in self.members.values() if member.service == service]
 
+    def at(self, service: str, gpu_pct: float) -> list[Member]:
+        """Members of a service at a share."""
+        return [member for member in self.of(service) if member.gpu_pct == gpu_pct]
+
+    def places(self, gpu_pct: float) -> int:
+        """Workers that each service may have at a share."""
+        return beside(gpu_pct, self.copies, self.oversubscribes)
+
     def serves(self, service: str) -> bool:
-        """Whether a worker of a service is ready, busy or not; all of them, where none stands in for another."""
-        if self.exact:
-            return (
-                not self.hopeless(service)
-                and all(m.ready for m in self.of(service))
-                and not any(name == service for name, _ in self.coming)
-            )
-        return any(member.ready for member in self.of(service))
+        """Whether a worker of a service is ready, busy or not; one of each share, where none stands in for another share."""
+        return self._suffice(service, {member.gpu_pct for member in self.of(service) if member.ready})
 
     def hopeless(self, service: str) -> bool:
-        """Whether a service has no worker, and none will come; or one too few, where none stands in for another."""
-        if self.exact:
-            return any(name == service for name, _ in self.lost)
-        return not self.of(service) and not any(name == service for name, _ in self.coming)
+        """Whether a service has no worker, and none will come; or none of a share, where none stands in for another share."""
+        return not self._suffice(service, {share for name, share, _ in [*self.members, *self.coming] if name == service})
+
+    def _suffice(self, service: str, shares: set[float]) -> bool:
+        return shares.issuperset(self.first[service]) if self.exact else bool(shares)
 
     def find(self, service: str, gpu_pct: float, room_pct: float) -> Member | None:
         """A ready idle worker for a launch: at its share, else the largest below, else the nearest above with room.
@@ -135,13 +155,15 @@ class Fleet:
         idle = [m for m in self.of(service) if m.ready and m.launch < 0 and m.gpu_pct <= gpu_pct + room_pct]
         idle = [m for m in idle if m.gpu_pct == gpu_pct] if self.exact else idle
         below = [m for m in idle if m.gpu_pct <= gpu_pct]
-        return max(below, key=lambda m: m.gpu_pct) if below else min(idle, key=lambda m: m.gpu_pct, default=None)
+        if below:
+            return max(below, key=lambda m: (m.gpu_pct, -m.order.copy))
+        return min(idle, key=lambda m: (m.gpu_pct, m.order.copy), default=None)
 
     def want(self, service: str, gpu_pct: float) -> tuple[bool, Member | None]:
-        """Start a standby, unless there is one or the service has one coming.
+        """Start a standby, unless there are enough or the service has one coming.
 
-        Where the GPU takes no more workers, the idle one that was used longest ago is retired for it,
-        if it is not the last of its service.
+        Where the GPU takes no more workers, an idle one is retired for it, if it is not the last of its service: a further
+        copy of some share first, else the one that was used longest ago. A further copy has nobody retired for it.
 
         Returns
         -------
@@ -150,8 +172,9 @@ class Fleet:
         Member or None
             Who was retired for it.
         """
-        key = service, gpu_pct
-        if key in self.members or key in self.lost or any(name == service for name, _ in self.coming):
+        orders = (self._order(service, gpu_pct, copy) for copy in range(self.places(gpu_pct)))
+        order = next((o for o in orders if o.key not in self.members and o.key not in self.lost), None)
+        if order is None or any(name == service for name, *_ in self.coming):
             return False, None
         if any(not member.ready for member in self.of(service)):  # one at a time: starting one takes the host's time
             return False, None
@@ -159,12 +182,12 @@ class Fleet:
         if len(self.members) + len(self.coming) >= self.most:
             idle = [m for m in self.members.values() if m.ready and m.launch < 0]
             idle = [m for m in idle if sum(other.ready for other in self.of(m.service)) > 1]
-            retired = min(idle, key=lambda m: m.used_ns, default=None)
-            if retired is None:
+            retired = min(idle, key=lambda m: (len(self.at(m.service, m.gpu_pct)) == 1, m.used_ns), default=None)
+            if retired is None or self.at(service, gpu_pct):
                 return False, None
             self._part(retired)
             self.starter.retire(retired.worker)
-        self._start(None, self._order(service, gpu_pct)._replace(standby=True))
+        self._start(None, order._replace(standby=True))
         return True, retired
 
     def replace(self, member: Member) -> bool:
@@ -224,9 +247,16 @@ class Fleet:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(force=kind is not None)
 
-    def _order(self, service: str, gpu_pct: float) -> Order:
+    def _order(self, service: str, gpu_pct: float, copy: int) -> Order:
         model, batches = self._made[service]
-        return Order(service, model, gpu_pct, batches)
+        return Order(service, model, gpu_pct, batches, copy=copy)
+
+    def _begin(self, service: str, gpu_pct: float, copy: int) -> None:
+        if copy and len(self.members) >= self.most:
+            self.left_out[service, gpu_pct] = self.left_out.get((service, gpu_pct), 0) + 1
+        else:
+            order = self._order(service, gpu_pct, copy)
+            self._join(order, self.starter.start(order))
 
     def _start(self, old: Worker | None, order: Order) -> None:
         self.coming[order.key] = order

@@ -201,21 +201,34 @@ class Ledger:
         self._fresh.clear()
         return self._log
 
-    def requeue(self, number: int) -> tuple[int, int]:
-        """Undo a launch that failed: its requests wait again. Return their range in the queue, first and end.
+    def requeue(self, number: int) -> bool:
+        """Undo a launch that failed: its requests wait again. Return whether they do.
 
-        Requests that a later launch has overtaken cannot wait again: they are dropped.
+        A queue has one head: while requests of a later launch are out of it, those of an earlier one cannot go back.
+        Nothing changes then.
         """
-        view = self.finish(number)
-        log, row = self._write(), number * FIELDS
-        first, batch = int(log[row + 1]), int(log[row + 2])
+        view, _, batch, _, _ = self.state._running[number]
+        first = self.first_of(number)
+        if view._head != first + batch:
+            return False
+        self.finish(number)
         self._failed.add(number)
-        if view._head == first + batch:
-            view._head = first
-            self.waiting_total += batch
+        view._head = first
+        self.waiting_total += batch
+        return True
+
+    def cut(self, number: int, requests: int) -> None:
+        """Give up the oldest requests of a launch that failed; one that has no other ends."""
+        view, share, batch, since, end = self.state._running[number]
+        log, row = self._write(), number * FIELDS
+        self._dropped.append((view.index, int(log[row + 1]), requests))
+        if requests == batch:
+            self.finish(number)
+            self._failed.add(number)
         else:
-            self._dropped.append((view.index, first, batch))
-        return first, first + batch
+            log[row + 1] += requests
+            log[row + 2] -= requests
+            self.state._running[number] = (view, share, batch - requests, since, end)
 
     def first_of(self, number: int) -> int:
         """Position of a launch's first request in its service's queue."""

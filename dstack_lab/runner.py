@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dstack_lab.checks import positive, require
+from dstack_lab.checks import count, positive, require
 from dstack_lab.devices import Cpu
 from dstack_lab.devices.base import Device
 from dstack_lab.fleet import Fleet
@@ -71,7 +71,8 @@ def run(
     replaced, and its batch tried once more; after a second failure its requests are dropped. Where all
     workers fail at once, as with a dead MPS daemon, all are started anew.
 
-    Workers for ``policy.first_shares(plan)`` are started before the run. A launch at another of
+    Workers for ``policy.first_shares(plan)`` are started before the run, ``policy.copies(plan)`` for each as far as they fit
+    beside each other; copies that the GPU does not take are left out and in ``events``. A launch at another of
     ``policy.shares(plan)`` is served by the service's next smaller worker (else by the nearest larger that
     fits), and booked at that one's share, while a standby starts in the background; both are in ``events``.
 
@@ -122,7 +123,6 @@ def run(
     device = Cpu() if device is None else device
     require(isinstance(device, Device), "device", device, "a device such as devices.Cpu()")
     require(isinstance(policy, Policy), "policy", policy, "a Policy object such as Temporal()")
-    require(isinstance(policy, Policy), "policy", policy, "a Policy object such as Temporal()")
     fits = not policy.oversubscribes or getattr(device, "oversubscribe", True)
     require(fits, "device", device, f"one with oversubscribe=True for {policy.name}, whose shares sum to more than 100")
     drain_ms = duration_ms if drain_ms is None else positive("drain_ms", drain_ms)
@@ -130,7 +130,8 @@ def run(
     ledger = open_ledger(plan, policy, duration_ms, seed)
     # Green contexts prepare every share before the run: that costs no process, and a capture later would stop the GPU.
     first = None if getattr(device, "prepares_all", False) else policy.first_shares(plan)
-    with Fleet(device, plan, policy.shares(plan), seed, options, first) as fleet:
+    copies = count(f"copies of {policy.name}", policy.copies(plan))
+    with Fleet(device, plan, policy.shares(plan), seed, options, first, copies, policy.oversubscribes) as fleet:
         with progress_bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
             fleet.wait_ready(start_timeout_s, bar.update)
         marks = (*device.marks(), *_planned_elsewhere(plan, device))

@@ -16,7 +16,8 @@ from dstack_lab.fleet import Fleet, Member
 from dstack_lab.ledger import Ledger
 from dstack_lab.policies.base import Policy
 from dstack_lab.protocol import Message
-from dstack_lab.state import INFINITE, NEVER_NS, NS_PER_MS, Drop, Launch
+from dstack_lab.retries import Retries
+from dstack_lab.state import INFINITE, NEVER_NS, NS_PER_MS, Launch
 from dstack_lab.turns import Turns
 
 #: A launch is hung after this many times its predicted service time, and at least `HUNG_MS`.
@@ -44,9 +45,11 @@ class Session:
         self.scores = [np.full(times.size, np.nan) for times in ledger.arrivals_ns]
         self.told: dict[int, Message] = {}  # launch -> what its worker said about it
         self.seen: set[tuple[object, ...]] = set()  # what was news once
-        self.doubted: dict[str, int] = {}  # service -> end of the range of requests whose batch failed once
-        self.parked: list[tuple[int, Launch]] = []  # booked, but every worker that fits is busy
+        self.retries = Retries(ledger)
         self.restarts, self.looked_ns, self.state = 0, 0, ledger.state
+        for (service, share), fewer in fleet.left_out.items():
+            n = fleet.places(share)
+            self._event("left out", service, f"{n - fewer} of {n} workers at {share:g} %: the GPU takes {fleet.most:g} in all")
 
     def loop(self, duration_ns: int, drain_ns: int, bar: Any) -> None:
         """Serve until every request is served or dropped, or the drain time is over.
@@ -87,7 +90,7 @@ class Session:
                 _, kind, key = heappop(heap)
                 ask = self.turns.happen(now, kind, key) or ask
             if ask:
-                self.parked = [waiting for waiting in self.parked if not self._place(*waiting)]
+                self.retries.parked = [waiting for waiting in self.retries.parked if not self._place(*waiting)]
                 self.turns.take()
             if now * 1e-9 - last_s > 0.1 and now < duration_ns:
                 bar.update(round(now * 1e-9 - last_s, 1))
@@ -96,14 +99,17 @@ class Session:
     def _launch(self, number: int, end: int, launch: Launch) -> None:
         """Hand a launch to a worker, or park it until one is free."""
         service, share = launch.service, launch.gpu_pct
-        if share not in self.fleet.shares[service] and (service, share) not in self.fleet.members:
+        if share not in self.fleet.shares[service] and not self.fleet.at(service, share):
             prepared = sorted(self.fleet.shares[service])
             raise ValueError(f"gpu_pct must be one of the prepared shares {prepared}: name more in the policy's shares()")
-        member = self.fleet.members.get((service, share))
-        if member is not None and member.launch >= 0 and member.wanted_pct == share:
-            raise ValueError(f"{service} runs a batch at {share:g} % already: one launch at a time and share")
+        busy = sum(member.launch >= 0 and member.wanted_pct == share for member in self.fleet.at(service, share))
+        busy += sum(other.gpu_pct == share for other in self.retries.waiting(service))
+        if busy >= (copies := self.fleet.copies):
+            runs = "a batch" if busy == 1 else f"{busy} batches"
+            cure = "launch when one has ended, or return more there"
+            raise ValueError(f"{service} runs {runs} at {share:g} % already, and the policy's copies() is {copies}: {cure}")
         if not self._place(number, launch):
-            self.parked.append((number, launch))
+            self.retries.parked.append((number, launch))
 
     def _place(self, number: int, launch: Launch) -> bool:
         """Give a booked launch to the best worker that is idle; return whether there is one."""
@@ -131,7 +137,7 @@ class Session:
         if retired is not None:
             self._event("retired", retired.service, f"its worker at {retired.gpu_pct:g} % made room on the GPU")
         if started:
-            self._event("standby", service, f"a worker at {share:g} % starts")
+            self._event("standby", service, f"{'another' if self.fleet.at(service, share) else 'a'} worker at {share:g} % starts")
         if instead is not None and (key := ("instead", service, share, instead.gpu_pct)) not in self.seen:
             self.seen.add(key)
             self._event("other share", service, f"{instead.gpu_pct:g} % serves where {share:g} % was asked for: no idle worker")
@@ -219,24 +225,9 @@ class Session:
 
     def _take_back(self, number: int, doubt: bool = True) -> None:
         """Let a launch's requests wait again; with `doubt`, those that failed before are dropped."""
-        view, share, batch, _, _ = self.state._running[number]
-        self.ledger.show(view)
-        first = self.ledger.first_of(number)
-        end, overtaken = first + batch, view._head != first + batch
-        lost = min(self.doubted.get(view.name, 0), end) - first if doubt else 0
-        if lost > 0:
-            self.ledger.requeue(number)  # drops all of an overtaken batch
-            if not overtaken:
-                self.ledger.drop(Drop(view.name, lost))
-            self._event("gave up", view.name, f"{batch if overtaken else lost} requests failed twice and were dropped")
-        else:
-            if overtaken:  # a queue has one head: the batch waits as it is
-                self.parked.append((number, Launch(view.name, share, batch)))
-            else:
-                self.ledger.requeue(number)
-            self._event("retried", view.name, f"{batch} requests wait for a fresh worker")
-        if doubt:
-            self.doubted[view.name] = end
+        view = self.state._running[number][0]
+        kind, detail = self.retries.take_back(number, doubt)
+        self._event(kind, view.name, detail)
         self.turns.expect(view)
 
     def _show(self, service: str) -> bool:
@@ -254,17 +245,13 @@ class Session:
 
     def _lose(self, service: str) -> None:
         """Give a place up and, with the last one, the service."""
+        if service in self.retries.given_up:
+            return
         if not self.fleet.hopeless(service):
             self._event("gave up", service, "one of its workers does not start; others serve in its place")
             return
-        view = self.state.by_name[service]
-        self.ledger.show(view)
-        for number in sorted((n for n, launch in self.parked if launch.service == service), reverse=True):
-            self.ledger.requeue(number)
-        self.parked = [waiting for waiting in self.parked if waiting[1].service != service]
         self._event("gave up", service, "its workers do not start; its requests are dropped as they come")
-        self.ledger.hide(view)
-        self.ledger.abandon(view)
+        self.retries.give_up(service)
 
     def _common(self, said: str, suspect: int = -1) -> bool:
         """Start all workers anew if what they share has failed; return whether it has."""
@@ -287,7 +274,7 @@ class Session:
         self._event("all workers lost", "", why)
         for member in self.fleet.members.values():
             self.leases.give(member.worker)
-        self.parked.clear()
+        self.retries.parked.clear()  # they are among those that run
         for number in sorted(self.state._running, reverse=True):
             self._take_back(number, doubt=number == suspect)
         if self.restarts > MOST_RESTARTS:

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from dstack_lab.devices.base import Device, Worker
 
+#: Service, share and number among the workers of both.
+Place = tuple[str, float, int]
+
 
 class Order(NamedTuple):
     """A worker that is to come: a service at a share, for the `starts`-th time in a row."""
@@ -22,11 +25,12 @@ class Order(NamedTuple):
     batches: tuple[int, ...]
     starts: int = 1
     standby: bool = False
+    copy: int = 0  #: which of the workers of that service at that share
 
     @property
-    def key(self) -> tuple[str, float]:
+    def key(self) -> Place:
         """Its place in the fleet."""
-        return self.service, self.gpu_pct
+        return self.service, self.gpu_pct, self.copy
 
 
 class Arrival(NamedTuple):

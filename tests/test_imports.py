@@ -28,7 +28,7 @@ FLOORS: dict[float, str] = {
     3.5: "admission compiled recipes turns",
     4: "devices simulator",
     4.4: "starter",
-    4.5: "cuda_backend fleet trials",
+    4.5: "cuda_backend fleet retries trials",
     5: "capacity ceilings cluster experiments session validation worker",
     5.5: "ablation",
     6: "profiler runner",

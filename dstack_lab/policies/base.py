@@ -64,3 +64,7 @@ class Policy:
     def first_shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
         """Those of `shares` to prepare before a run; a worker for another one starts when it is first asked for."""
         return self.shares(plan)
+
+    def copies(self, plan: Plan) -> int:
+        """Launches of one service at one share that may run at once: a real device prepares as many workers."""
+        return 1
