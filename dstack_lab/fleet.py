@@ -21,7 +21,8 @@ MOST_STARTS = 3
 
 def beside(gpu_pct: float, copies: int, oversubscribes: bool = False) -> int:
     """Workers of one service at a share that can be busy at once: `copies`, as far as they fit on the GPU together."""
-    return copies if oversubscribes else max(1, min(copies, int((100 + SHARE_SLACK) / gpu_pct)))
+    fit = int((100 + SHARE_SLACK) / gpu_pct + 1e-9)
+    return copies if oversubscribes else max(1, min(copies, fit))
 
 
 @dataclass(slots=True, eq=False)
@@ -131,8 +132,14 @@ class Fleet:
         return beside(gpu_pct, self.copies, self.oversubscribes)
 
     def serves(self, service: str) -> bool:
-        """Whether a worker of a service is ready, busy or not; one of each share, where none stands in for another share."""
-        return self._suffice(service, {member.gpu_pct for member in self.of(service) if member.ready})
+        """Whether a worker of a service is ready, busy or not.
+
+        Where all live in one process: one of each share, and none is loading, for then the others may be lost with that process.
+        """
+        mine = list(self.of(service))
+        if self.exact and (not all(member.ready for member in mine) or any(name == service for name, *_ in self.coming)):
+            return False
+        return self._suffice(service, {member.gpu_pct for member in mine if member.ready})
 
     def hopeless(self, service: str) -> bool:
         """Whether a service has no worker, and none will come; or none of a share, where none stands in for another share."""
@@ -152,6 +159,8 @@ class Fleet:
         room_pct : float
             Share that is free beside it.
         """
+        if self.exact and not self.serves(service):
+            return None
         idle = [m for m in self.of(service) if m.ready and m.launch < 0 and m.gpu_pct <= gpu_pct + room_pct]
         idle = [m for m in idle if m.gpu_pct == gpu_pct] if self.exact else idle
         below = [m for m in idle if m.gpu_pct <= gpu_pct]

@@ -82,7 +82,7 @@ class Session:
                 ask = self._common("")
             for fd in readable:
                 if fd == bell:
-                    self._welcome()
+                    ask = self._welcome() or ask
                 elif (member := self.fleet.by_fd.get(fd)) is not None:  # it may have gone with another one just now
                     ask = self._hear(member) or ask
             ask = self._find_hung(now) or ask
@@ -142,14 +142,17 @@ class Session:
             self.seen.add(key)
             self._event("other share", service, f"{instead.gpu_pct:g} % serves where {share:g} % was asked for: no idle worker")
 
-    def _welcome(self) -> None:
-        """Book what became of workers that were started."""
+    def _welcome(self) -> bool:
+        """Book what became of workers that were started; return whether the policy has to be asked."""
+        ask = False
         for order, _, error, common, _ in self.fleet.arrivals():
             self._event("start failed", order.service, str(error))
             if common:
                 self._restart(str(error))
             elif not self._common(str(error)) and not self.fleet.again(order):
                 self._lose(order.service)
+                ask = self._show(order.service) or ask
+        return ask
 
     def _hear(self, member: Member) -> bool:
         """Take a worker's messages; return whether the policy has to be asked."""
@@ -221,7 +224,7 @@ class Session:
             self._take_back(member.launch)
         if not self.fleet.replace(member):
             self._lose(member.service)
-        self._hide(member.service)
+        self._show(member.service)
 
     def _take_back(self, number: int, doubt: bool = True) -> None:
         """Let a launch's requests wait again; with `doubt`, those that failed before are dropped."""
@@ -231,17 +234,14 @@ class Session:
         self.turns.expect(view)
 
     def _show(self, service: str) -> bool:
-        """Let the policy see a service again once it can be served; return whether it can."""
-        if not self.fleet.serves(service):
-            return False
-        self.ledger.show(view := self.state.by_name[service])
-        self.turns.expect(view)
-        return True
-
-    def _hide(self, service: str) -> None:
-        """Show the policy no queue that nobody can serve."""
-        if not self.fleet.serves(service):
-            self.ledger.hide(self.state.by_name[service])
+        """Show the policy a service's queue, or none while nobody can serve it; return whether somebody can."""
+        view, served = self.state.by_name[service], self.fleet.serves(service)
+        if served:
+            self.ledger.show(view)
+            self.turns.expect(view)
+        else:
+            self.ledger.hide(view)
+        return served
 
     def _lose(self, service: str) -> None:
         """Give a place up and, with the last one, the service."""

@@ -101,10 +101,17 @@ class Trace:
         return target
 
     def to_chrome(self, path: str | os.PathLike[str]) -> Path:
-        """Write the launches as a Chrome trace, for Perfetto or chrome://tracing; times there are in µs."""
+        """Write the launches as a Chrome trace, for Perfetto or chrome://tracing; times there are in µs.
+
+        A service has a row, and further ones for its launches beside others of its own.
+        """
         events = []
+        rows: dict[str, list[float]] = {}  # service -> when each of its rows is free
         for launch, name, start, end, share, batch, _, note in self.launches[list(LAUNCHES)].sort_values("start_ms").to_numpy():
             args = {"gpu_pct": float(share), "batch": int(batch), "launch": int(launch)}
+            free = rows.setdefault(name, [])
+            row = next((i for i, since in enumerate(free) if since <= start), len(free))
+            free[row : row + 1] = [end]
             event = {
                 "name": f"{name} b{batch}",
                 "cat": note or "launch",
@@ -112,7 +119,7 @@ class Trace:
                 "ts": start * 1000,
                 "dur": (end - start) * 1000,
             }
-            events.append({**event, "pid": self.policy, "tid": name, "args": args})
+            events.append({**event, "pid": self.policy, "tid": f"{name} ({row + 1})" if row else name, "args": args})
         record = {"traceEvents": events, "otherData": {"provenance": str(self.provenance), "seed": self.seed}}
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(record), encoding="utf-8")

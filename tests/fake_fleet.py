@@ -45,6 +45,10 @@ class FakeDevice:
         self.log.append("recover")
         self.fault = None
 
+    def serve(self, worker, inputs):
+        """How long a worker takes for these requests [ms] (None: for ever), and what it complains of then."""
+        return self.serve_ms, "poison" if worker.model == "a" and self.poison in inputs else None
+
     def start(self, model, gpu_pct, cores=None, **options):
         first = threading.get_ident() == self.main
         if self.refuse and not first:
@@ -97,14 +101,13 @@ class FakeWorker:
     def send(self, message):
         if message["op"] == "run":
             self.device.log.append(f"run {self.model} {self.gpu_pct:g}")
-            if self.model == "a" and self.device.poison in message["inputs"]:
-                self.later(self.device.serve_ms, {"reply": "error", "id": message["id"], "error": "failed", "message": "poison"})
-                return
+            ms, wrong = self.device.serve(self, message["inputs"])
             answers = [[i, 0.5] for i in message["inputs"]]
-            self.later(
-                self.device.serve_ms,
-                {"reply": "run", "id": message["id"], "outputs": answers, "service_ms": self.device.serve_ms},
-            )
+            reply = {"reply": "run", "id": message["id"], "outputs": answers, "service_ms": ms}
+            if wrong:
+                reply = {"reply": "error", "id": message["id"], "error": "failed", "message": wrong}
+            if ms is not None:
+                self.later(ms, reply)
 
     def poll(self):
         try:

@@ -27,6 +27,7 @@ from dstack_lab.devices.green_backend import GreenBackend
 from dstack_lab.devices.green_driver import Driver, GreenError, Layout, layout_of, read_layout
 from dstack_lab.devices.green_graphs import Captured, GraphPool
 from dstack_lab.devices.mps_keeper import wait_gone
+from dstack_lab.policies import Policy
 from dstack_lab.worker import CpuBackend, answer
 
 FAKES = Path(__file__).parent / "fakes"
@@ -109,6 +110,19 @@ def test_a_refused_context_takes_nothing():
     assert ledger.free_sms == 132
     fake.fail.clear()
     assert ledger.lease(8).sms == 8
+
+
+def test_graphs_are_captured_on_a_stream_that_nobody_serves_on(monkeypatch):
+    import torch
+
+    streams, fake = [], FakeCuda()
+    monkeypatch.setattr(fake, "cuGreenCtxStreamCreate", lambda green, *_: (0, streams.append(green) or len(streams)))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda raw, device: raw)
+    ledger = SmLedger(module=fake)
+    found = [ledger.stream(groups, capture) for groups in ((0, 1), (2,), (1, 0)) for capture in (False, True, True)]
+    assert found == [1, 2, 2, 3, 4, 4, 1, 2, 2]  # one to serve and one to capture on, each made once
+    assert streams[0] is streams[1]  # of the same SMs
+    assert streams[2] is streams[3]
 
 
 def test_a_lease_of_another_ledger_is_refused():
@@ -333,6 +347,21 @@ def test_launches_never_meet(sizes, random):
         assert len(held) == len(set(held)) == sum(w.units for w in running)
 
 
+def test_copies_of_a_share_have_places_of_their_own(h100):
+    """With as many places as copies each runs where it has graphs, whoever came first."""
+    for n in (2, 3, 4):
+        units, device = 15 // n, Green(places=n)
+        leases, copies = device.leases(), [tenant(units, device.homes(units)) for _ in range(n)]
+        for _ in range(3):
+            for worker in copies:
+                leases.take(worker)
+            assert all(worker.groups in worker.homes for worker in copies)
+            assert len({group for worker in copies for group in worker.groups}) == n * units
+            for worker in copies:
+                leases.give(worker)
+            copies.reverse()
+
+
 # Graphs
 
 
@@ -422,6 +451,7 @@ class CudaOnCpu:
         return contextlib.nullcontext()
 
     def capture(self, pool, key, function, inputs, stream):
+        assert stream == f"capture {key[2]}"
         static = tuple(tensor.clone() for tensor in inputs)
         output = function(*static)
         graph = SimpleNamespace(replay=lambda: (self.log.append(f"graph {key}"), output.copy_(function(*static))))
@@ -437,7 +467,9 @@ def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch, precision, ch
     log = []
     fake = CudaOnCpu(torch, log)
     monkeypatch.setattr(SmLedger, "_shared", {})
-    monkeypatch.setattr(SmLedger, "stream", lambda self, groups: Lane(f"stream {groups}"))
+    monkeypatch.setattr(
+        SmLedger, "stream", lambda self, groups, capture=False: Lane(f"{'capture' if capture else 'stream'} {groups}")
+    )
     monkeypatch.setattr(green_backend, "torch_with_cuda", lambda: fake)
     monkeypatch.setattr(green_backend, "_networks", {})
     monkeypatch.setattr(GreenBackend, "kind", "cpu")
@@ -457,6 +489,9 @@ def test_a_tenant_answers_as_a_worker_on_the_cpu_does(monkeypatch, precision, ch
     facts = [tenant.load() for tenant in tenants]
     assert facts[0] == {"groups": H100, "granted_sms": 16, "sms": 132, "graphs": 2}
     assert tenants[0].module is tenants[1].module  # parameters are shared
+    ours, theirs = (tenant.graphs.get(("squeezenet1_1", 2, home)) for tenant in tenants)
+    held = [[*captured.inputs, captured.output] for captured in (ours, theirs)]
+    assert not {t.data_ptr() for t in held[0]} & {t.data_ptr() for t in held[1]}  # nothing else is: both may run at once
     assert {str(p.dtype) for p in tenants[0].module.parameters()} == {{"fp32": "torch.float32"}.get(precision, "torch.bfloat16")}
     with torch.inference_mode():
         assert tenants[0]._gather([0, 1])[0].is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -707,6 +742,87 @@ def test_a_lost_process_is_replaced_and_no_request_is_lost(sleepers, deed):
     assert served.mean() > 0.5
     assert set(trace.requests.loc[~served, "outcome"]) <= {"dropped"}  # by the policy: too late
     assert ((trace.requests["answer"] >= 0) == served).all()
+
+
+class Pairs(Policy):
+    """Launches up to two batches of each service at once at a third of the GPU."""
+
+    share = 30.3
+
+    def copies(self, plan):
+        return 2
+
+    def shares(self, plan):
+        return {a.service: (self.share,) for a in plan.allocations}
+
+    def decide(self, state):
+        found, free = [], state.free_pct
+        for view in state.services:
+            waiting = view.waiting
+            for _ in range(2 - view.in_flight):
+                if waiting and free >= self.share:
+                    found.append(lab.Launch(view.name, self.share, 1))
+                    waiting, free = waiting - 1, free - self.share
+        return found
+
+
+def paired(*models):
+    """A plan of networks that are said to take 5 ms."""
+    rows = [(m, b, g, 5.0) for m in models for b in (1, 2) for g in (30.3, 100.0)]
+    table = pd.DataFrame(rows, columns=["model", "batch", "gpu_pct", "service_ms"])
+    profile = lab.Profile(table, lab.Provenance("simulated", "Fake GPU", "model"))
+    return lab.optimize([lab.Service(m, 5000, lab.Poisson(60)) for m in models], profile)
+
+
+def at_once(launches):
+    """Pairs of launches of one service that ran beside each other."""
+    rows = launches[["service", "start_ms", "end_ms"]].to_numpy()
+    return sum(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for i, a in enumerate(rows) for b in rows[:i])
+
+
+def test_two_copies_of_a_share_serve_at_once_in_places_of_their_own(sleepers):
+    trace = lab.run(paired("sleep-20", "sleep-30"), Pairs(), Green(places=3), duration_ms=500, seed=1)
+    assert trace.events.empty  # each in a place that it has graphs for
+    assert (trace.requests["outcome"] == "served").all()
+    assert at_once(trace.launches) > 0
+    assert set(trace.launches["path"]) == {"graph"}
+    assert set(trace.launches["effective_sms"]) <= {40, 44}
+
+
+def test_one_copy_is_replaced_and_its_process_and_the_other_copy_stay(sleepers):
+    """Request 3 of the glutton never fits in memory, alone or not."""
+    trace = lab.run(paired("glutton-20", "sleep-20"), Pairs(), Green(places=3), duration_ms=500, seed=1, drain_ms=30_000)
+    assert at_once(trace.launches) > 0
+    for model, mine in trace.requests.groupby("service", observed=True):
+        lost = [3] if model == "glutton-20" else []
+        answers = [-1 if i in lost else i for i in range(len(mine))]
+        assert mine["answer"].tolist() == answers
+        assert (mine["outcome"] == "dropped").tolist() == [i in lost for i in range(len(mine))]
+    kinds = [kind for kind in trace.events["kind"] if kind != "worker ready"]
+    assert kinds == ["out of memory", "retried", "out of memory", "gave up"]
+
+
+@pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_copies_come_back_with_their_process(sleepers, deed):
+    class Striking(Pairs):
+        struck = False
+
+        def decide(self, state):
+            if not self.struck and state.now_ms > 200 and len(state.running) > 2:
+                self.struck = True
+                (host,) = [host for host in green_process.Host._live.values() if host.alive]
+                os.kill(host.process.pid, deed)
+            return super().decide(state)
+
+    trace = lab.run(
+        paired("sleep-20", "sleep-30"), Striking(), Green(places=3), duration_ms=600, seed=1, drain_ms=30_000, hung_ms=300
+    )
+    assert (trace.requests["outcome"] == "served").all()
+    for _, mine in trace.requests.groupby("service", observed=True):
+        assert mine["answer"].tolist() == list(range(len(mine)))
+    found = trace.events["kind"].tolist()
+    assert found.count("worker ready") == 4
+    assert set(found) <= {"worker died", "worker hung", "retried", "worker ready"}
 
 
 def test_a_batch_that_never_fits_in_memory_is_given_up_and_the_others_go_on(sleepers):

@@ -19,7 +19,7 @@ from dstack_lab.devices.base import WorkerFailed
 from dstack_lab.devices.cuda_errors import cure_of, with_cure
 from dstack_lab.devices.mps import Mps
 from dstack_lab.devices.mps_daemon import MpsDaemon, MpsError
-from dstack_lab.devices.mps_worker import SmLeases
+from dstack_lab.devices.mps_worker import SmLeases, clients
 from dstack_lab.devices.process import WorkerProcess
 from dstack_lab.worker import parse
 
@@ -694,6 +694,39 @@ def test_measure_and_run_need_not_know_the_device(machine, tmp_path):
     assert trace.provenance.mechanism == "MPS"
     assert len(trace.requests) > 5
     assert trace.requests["finish_ms"].notna().all()
+
+
+@pytest.mark.slow
+def test_copies_of_a_share_are_processes_of_their_own_and_serve_at_once(machine):
+    from test_copies import Beside, most_at_once
+
+    import dstack_lab as lab
+
+    rows = [{"model": "alexnet", "batch": b, "gpu_pct": g, "service_ms": 3.0} for b in (1, 2, 4) for g in (50, 100)]
+    profile = lab.Profile(pd.DataFrame(rows), lab.Provenance("measured", "fake", "MPS"))
+    bursts = lab.Replay([at for at in (50.0, 100.0, 300.0, 600.0) for _ in range(10)])
+    plan = lab.optimize([lab.Service("alexnet", 500, bursts)], profile)
+    pids = []
+    with Mps() as device:
+
+        class Watched(Meanwhile, Beside):
+            at_ms = 250.0
+
+        policy = Watched(50)
+
+        def kill_one():
+            pids.extend(worker.pid for worker in clients(device._daemon()))
+            os.kill(pids[0], signal.SIGKILL)
+
+        policy.deed = kill_one
+        trace = lab.run(plan, policy, device, 700, seed=1, drain_ms=60_000)
+        assert len(device._daemon().unshared) == 0
+    assert len(set(pids)) == 2
+    kinds = served_once(trace)
+    assert set(kinds) <= {"worker died", "retried", "worker ready"}
+    assert kinds.count("worker died") == 1
+    assert most_at_once(trace.launches) == 2
+    assert set(trace.launches["effective_sms"]) == {66}
 
 
 class Meanwhile:

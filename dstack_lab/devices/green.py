@@ -89,7 +89,8 @@ class Green:
         clusters may refuse such groups or run slower: compare both.
     places : int
         Places on the GPU for which each share's CUDA graphs are prepared, spread evenly. In any
-        other place a batch runs eagerly; its answer says so (``path``), and a run's trace too.
+        other place a batch runs eagerly; its answer says so (``path``), and a run's trace too. A policy that cuts the
+        GPU into n equal parts, or runs n launches of a service at a share at once, needs n.
     precision : {"fp16", "bf16", "fp32"}
         Of weights and of inputs that are not whole numbers.
     channels_last : bool

@@ -74,7 +74,7 @@ class GreenBackend:
             for batch in options.batches:
                 with torch.inference_mode():
                     inputs = [tensor.to(self.place) for tensor in self._gather(range(batch))]
-                self.graphs.capture((options.model, batch, home), self._digest, inputs, self.ledger.stream(home))
+                self.graphs.capture((options.model, batch, home), self._digest, inputs, self.ledger.stream(home, capture=True))
         granted = self.ledger.context(self.groups).sms
         return {"groups": self.ledger.groups, "granted_sms": granted, "sms": self.ledger.sms, "graphs": len(self.graphs)}
 

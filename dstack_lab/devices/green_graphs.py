@@ -36,6 +36,8 @@ class Captured:
 class GraphPool:
     """Graphs of one tenant, of which one runs at a time: those of one place share their working memory.
 
+    Another tenant of the same network and share has a pool, inputs and answers of its own: both may run at once.
+
     Memory belongs to the stream that it was made on, so that places do not share. Capture all graphs
     before serving starts, one at a time in a process: a capture waits for the whole GPU and empties
     torch's caches.
@@ -61,7 +63,7 @@ class GraphPool:
         inputs : sequence of tensor
             Examples; copied.
         stream : torch.cuda.Stream
-            The lease's. Without it torch would capture on a stream of its own, which has all SMs.
+            Of these groups, and nobody else's meanwhile. Without it torch would capture on one that has all SMs.
         """
         if key in self._graphs:
             return self._graphs[key]

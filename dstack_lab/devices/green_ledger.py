@@ -144,7 +144,7 @@ class SmLedger:
         self.groups: tuple[int, ...] = tuple(resource.sm.smCount for resource in self._resources)
         self._free = set(range(len(self.groups)))
         self._contexts: dict[tuple[int, ...], Context] = {}
-        self._streams: dict[tuple[int, ...], Any] = {}
+        self._streams: dict[tuple[tuple[int, ...], bool], Any] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -242,16 +242,22 @@ class SmLedger:
                 self._contexts[wanted] = Context(wanted, granted, green, raw)
             return self._contexts[wanted]
 
-    def stream(self, groups: Iterable[int]) -> Any:
-        """Return the pooled stream on some groups, as torch knows streams."""
+    def stream(self, groups: Iterable[int], capture: bool = False) -> Any:
+        """Return the pooled stream on some groups, as torch knows streams.
+
+        With `capture` a second one of the same context, on which nobody serves: whatever another thread puts on a stream
+        that is being captured would become part of the graph, and to wait for that stream would break it.
+        """
         context = self.context(groups)
+        key = context.groups, capture
         with self._lock:
-            if context.groups not in self._streams:
+            if key not in self._streams:
                 import torch
 
+                raw = self._driver.ask("cuGreenCtxStreamCreate", context.green, NON_BLOCKING, 0) if capture else context.raw
                 wrap: Any = torch.cuda.ExternalStream  # torch has no types for it
-                self._streams[context.groups] = wrap(int(context.raw), device=f"cuda:{self.device}")
-            return self._streams[context.groups]
+                self._streams[key] = wrap(int(raw), device=f"cuda:{self.device}")
+            return self._streams[key]
 
     def _known(self, groups: Iterable[int]) -> tuple[int, ...]:
         wanted = tuple(sorted(groups))
