@@ -238,6 +238,39 @@ def test_two_batches_that_fail_once_each_are_tried_once_more_each_whoever_fails_
     assert "gave up" not in kinds(trace)
 
 
+def test_batches_that_wait_for_a_fresh_worker_hold_no_share_once_their_queue_has_them_again():
+    """The worker of the later batch dies first; then nobody is left to serve either, and another service has the GPU."""
+    device, seen = Accidents({10: dies(200), 11: dies(100)}, load_ms=500), []
+
+    class Sees(Beside):
+        def decide(self, state):
+            seen.append((state.now_ms, state["a"].in_flight, state.free_pct))
+            return super().decide(state)
+
+    trace = run(Sees(), device, 100, hung_ms=5000)
+    once_each(device, trace, 10, 11)
+    died = trace.events.loc[trace.events["kind"] == "worker died", "time_ms"].max()
+    ready = trace.events.loc[trace.events["kind"] == "worker ready", "time_ms"].min()
+    assert [(n, free) for at, n, free in seen if died <= at < ready][0] == (0, 100.0)
+
+
+def test_an_overtaken_batch_goes_back_to_its_queue_when_the_batches_that_overtook_it_do():
+    """Both workers die while the batch that overtook the first one's runs: the older one cannot go back before the later one."""
+    device, seen = Accidents({10: dies(100), 11: dies(200)}, load_ms=500), []
+
+    class Sees(Beside):
+        def decide(self, state):
+            seen.append((state.now_ms, state["a"].in_flight))
+            return super().decide(state)
+
+    trace = run(Sees(), device, 100, hung_ms=5000)
+    once_each(device, trace, 10, 11)
+    first, last = trace.events.loc[trace.events["kind"] == "worker died", "time_ms"]
+    ready = trace.events.loc[trace.events["kind"] == "worker ready", "time_ms"].min()
+    assert {n for at, n in seen if first <= at < last} == {2}
+    assert {n for at, n in seen if last <= at < ready} == {0}
+
+
 def test_while_one_copy_is_replaced_the_others_stand_in():
     device = Accidents({10: dies(20)}, load_ms=300)
     trace = run(Beside(), device, 100)
