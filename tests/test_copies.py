@@ -135,6 +135,11 @@ def test_one_launch_too_many_says_how_many_copies_there_are(copies, runs):
     assert len(caught.value.trace.requests) > 0
 
 
+def test_launches_that_wait_for_a_worker_count_too():
+    with pytest.raises(lab.PolicyError, match=r"a runs 2 batches at 30 % already, and the policy's copies\(\) is 2"):
+        run(Beside(30, copies=2, most=3), FakeDevice(serve_ms=100, most=1), 100)
+
+
 def test_where_the_gpu_takes_fewer_workers_further_copies_are_left_out():
     device = FakeDevice(serve_ms=10, most=5)
     trace = run(Beside(20, copies=3), device, 100, 100)
@@ -150,12 +155,13 @@ def test_where_the_gpu_takes_fewer_workers_further_copies_are_left_out():
 
 
 def test_a_launch_without_a_copy_of_its_own_waits_for_one_and_no_other_worker_makes_room():
-    device = FakeDevice(serve_ms=30, most=2)
-    trace = run(Beside(40, copies=2), device, 50, 10)
+    device = FakeDevice(serve_ms=30, most=3)
+    trace = run(Beside(40, copies=2, first={"a": (40,), "b": (10, 40)}), device, 50, 10)
     check(trace)
-    assert set(kinds(trace)) == {"left out"}
+    assert set(kinds(trace)) <= {"left out", "other share"}
     assert most_at_once(trace.launches[trace.launches["service"] == "a"]) == 1
-    assert device.peak == 2
+    assert device.peak == 3
+    assert sorted(device.log[-3:]) == ["close a 40", "close b 10", "close b 40"]
 
 
 def test_a_further_copy_is_the_first_to_make_room_for_another_share():
