@@ -257,7 +257,7 @@ def test_batches_that_wait_for_a_fresh_worker_hold_no_share_once_their_queue_has
     once_each(device, trace, 10, 11)
     died = trace.events.loc[trace.events["kind"] == "worker died", "time_ms"].max()
     ready = trace.events.loc[trace.events["kind"] == "worker ready", "time_ms"].min()
-    assert [(n, free) for at, n, free in seen if died <= at < ready][0] == (0, 100.0)
+    assert next((n, free) for at, n, free in seen if died <= at < ready) == (0, 100.0)
 
 
 def test_an_overtaken_batch_goes_back_to_its_queue_when_the_batches_that_overtook_it_do():
@@ -288,14 +288,14 @@ def test_while_one_copy_is_replaced_the_others_stand_in():
 
 def test_a_hung_copy_is_replaced_and_its_batch_tried_again():
     device = Accidents({10: lambda worker: (None, None)})
-    trace = run(Beside(), device, 100, hung_ms=150)
+    trace = run(Beside(), device, 100, hung_ms=400)
     once_each(device, trace, 10)
     assert kinds(trace) == ["worker hung", "retried", "worker ready"]
 
 
 def test_an_answer_that_comes_after_its_worker_counted_as_hung_is_not_heard():
-    device = Accidents({10: lambda worker: (400, None)}, kill_ms=300)
-    trace = run(Beside(), device, 100, hung_ms=150)
+    device = Accidents({10: lambda worker: (700, None)}, kill_ms=500)
+    trace = run(Beside(), device, 100, hung_ms=400)
     once_each(device, trace, 10)
     assert kinds(trace)[:2] == ["worker hung", "retried"]
 
