@@ -23,10 +23,12 @@ class Retries:
         self._failed = [np.zeros(times.size, dtype=bool) for times in ledger.arrivals_ns]
         self.parked: list[tuple[int, Launch]] = []  #: booked, but every worker that fits is busy or gone
         self.given_up: set[str] = set()
+        self._again: set[int] = set()  # launches that failed and are parked, at a share that the policy may not have asked for
 
-    def waiting(self, service: str) -> list[Launch]:
-        """Launches of a service that wait for a worker."""
-        return [launch for _, launch in self.parked if launch.service == service]
+    def waiting(self, service: str, gpu_pct: float) -> int:
+        """Launches of a service at a share that wait for their first worker."""
+        asked = [launch for number, launch in self.parked if number not in self._again]
+        return sum(launch.service == service and launch.gpu_pct == gpu_pct for launch in asked)
 
     def take_back(self, number: int, doubt: bool) -> tuple[str, str]:
         """Let the requests of a launch that failed wait again; return what became of them, as kind and detail of an event.
@@ -50,6 +52,7 @@ class Retries:
             ledger.cut(number, lost)
         if kept:
             self.parked.append((number, Launch(view.name, share, kept)))
+            self._again.add(number)
         mine = sorted((n for n, launch in self.parked if launch.service == view.name), reverse=True)
         back = {n for n in mine if ledger.requeue(n)}
         self.parked = [waiting for waiting in self.parked if waiting[0] not in back]

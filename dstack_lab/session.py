@@ -103,7 +103,7 @@ class Session:
             prepared = sorted(self.fleet.shares[service])
             raise ValueError(f"gpu_pct must be one of the prepared shares {prepared}: name more in the policy's shares()")
         busy = sum(member.launch >= 0 and member.wanted_pct == share for member in self.fleet.at(service, share))
-        busy += sum(other.gpu_pct == share for other in self.retries.waiting(service))
+        busy += self.retries.waiting(service, share)
         if busy >= (copies := self.fleet.copies):
             runs = "a batch" if busy == 1 else f"{busy} batches"
             cure = "launch when one has ended, or return more there"

@@ -22,7 +22,7 @@ import dstack_lab as lab
 from dstack_lab.devices import Cpu
 from dstack_lab.fleet import beside
 from dstack_lab.ledger import Ledger
-from dstack_lab.policies import Launch, Policy
+from dstack_lab.policies import Drop, Launch, Policy
 from dstack_lab.retries import Retries
 from dstack_lab.services import ServiceTable
 
@@ -380,6 +380,7 @@ class Books(RuleBasedStateMachine):
         self.ledger = Ledger(made, [np.zeros(self.REQUESTS)], [0.0])
         self.retries, self.state = Retries(self.ledger), self.ledger.state
         self.ledger.refresh(self.state["a"])
+        self.failed = set()
         self.served, self.doubts = [0] * self.REQUESTS, [0] * self.REQUESTS
 
     def rows(self, number):
@@ -401,6 +402,13 @@ class Books(RuleBasedStateMachine):
             _, number, _ = self.ledger.launch(decision)
             if parked:
                 self.retries.parked.append((number, decision))
+            self.ledger.refresh(view)
+
+    @rule()
+    def drop(self):
+        view = self.state["a"]
+        if view.waiting:
+            self.ledger.drop(Drop("a", 1))
             self.ledger.refresh(view)
 
     @precondition(lambda self: self.busy())
@@ -428,6 +436,8 @@ class Books(RuleBasedStateMachine):
             self.doubts[row] += doubt
         dropped = len(self.ledger._dropped)
         kind, _ = self.retries.take_back(number, doubt)
+        self.failed.add(number)
+        assert self.retries.waiting("a", 10.0) == len({*self.parked()} - self.failed)  # what the policy asked for
         lost = [row for _, first, n in self.ledger._dropped[dropped:] for row in range(first, first + n)]
         assert set(lost) <= {row for row in rows if before[row]}  # only what failed before
         assert (kind == "gave up") == bool(lost)

@@ -20,7 +20,6 @@ from dstack_lab.arrivals import Poisson
 from dstack_lab.bounds import bound, service_tables
 from dstack_lab.checks import require
 from dstack_lab.devices import Device
-from dstack_lab.fleet import beside
 from dstack_lab.metrics import summary
 from dstack_lab.policies.base import Policy
 from dstack_lab.profiler import measure
@@ -138,8 +137,7 @@ def _race(target: Target, record: Record, mechanism: str, name: str, load: float
         plan = plan_for(services_of(name, profile, load), profile, "efficacy")
         device: Device = target.device(mechanism, **({"oversubscribe": True} if chosen.oversubscribes else {}))
         at_once = chosen.shares if getattr(device, "prepares_all", False) else chosen.first_shares
-        copies, over = chosen.copies(plan), chosen.oversubscribes
-        workers = sum(beside(share, copies, over) for shares in at_once(plan).values() for share in shares)
+        workers = sum(len(shares) for shares in at_once(plan).values())
         require(workers <= MOST_WORKERS, f"workers of {policy}", workers, f"at most {MOST_WORKERS}")
         drain_ms = 1000 * min(seconds, DRAIN_S)
         trace = run_for_real(plan, chosen, device, 1000 * seconds, SEED, drain_ms=drain_ms, start_timeout_s=START_S)

@@ -66,5 +66,8 @@ class Policy:
         return self.shares(plan)
 
     def copies(self, plan: Plan) -> int:
-        """Launches of one service at one share that may run at once: a real device prepares as many workers."""
+        """Launches of one service at one share that may run at once: a real device prepares as many workers.
+
+        Those that do not fit on the GPU beside each other are not prepared. One launch more stops a run on a device.
+        """
         return 1
