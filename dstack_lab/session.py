@@ -204,7 +204,9 @@ class Session:
         if path in ("eager", "padded") and getattr(self.device, "graphs", True) and key not in self.seen:
             self.seen.add(key)
             how = f"batch {batch} at {member.gpu_pct:g} % {'ran eagerly' if path == 'eager' else 'was filled up to a larger one'}"
-            self._event("no graph", member.service, f"{how}: no CUDA graph of its own there")
+            places = getattr(self.device, "places", 0) if path == "eager" else 0
+            cure = f"; raise {type(self.device).__name__}(places={places})" if places else ""
+            self._event("no graph", member.service, f"{how}: no CUDA graph of its own there{cure}")
 
     def _find_hung(self, now: int) -> bool:
         hung = [m for m in self.fleet.members.values() if m.launch >= 0 and now > m.overdue_ns]

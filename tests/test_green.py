@@ -789,6 +789,15 @@ def test_two_copies_of_a_share_serve_at_once_in_places_of_their_own(sleepers):
     assert set(trace.launches["effective_sms"]) <= {40, 44}
 
 
+def test_a_copy_without_a_place_of_its_own_runs_eagerly_and_the_trace_names_the_cure(sleepers):
+    trace = lab.run(paired("sleep-20", "sleep-30"), Pairs(), Green(places=1), duration_ms=400, seed=1)
+    assert (trace.requests["outcome"] == "served").all()
+    assert set(trace.launches["path"]) == {"graph", "eager"}
+    assert set(trace.events["kind"]) == {"no graph"}
+    told = "batch 1 at 30.3 % ran eagerly: no CUDA graph of its own there; raise Green(places=1)"
+    assert set(trace.events["detail"]) == {told}
+
+
 def test_one_copy_is_replaced_and_its_process_and_the_other_copy_stay(sleepers):
     """Request 3 of the glutton never fits in memory, alone or not."""
     trace = lab.run(paired("glutton-20", "sleep-20"), Pairs(), Green(places=3), duration_ms=500, seed=1, drain_ms=30_000)
