@@ -108,7 +108,7 @@ COSTS = st.sampled_from([None, lab.Contention(slowdown=0.02), lab.Contention(slo
     told=COSTS,
     true=COSTS,
     switch_ms=st.sampled_from([0.0, 100.1, 100 / 3]),
-    options=st.fixed_dictionaries({}, optional={"reject": st.booleans(), "beside": st.booleans(), "lend": st.booleans()}),
+    options=st.fixed_dictionaries({}, optional={"reject": st.booleans(), "beside": st.booleans(), "pool": st.booleans()}),
     seed=st.integers(0, 99),
 )
 def test_whatever_comes_all_are_answered_and_shares_fit(asked, shares, told, true, switch_ms, options, seed):

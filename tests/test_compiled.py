@@ -111,32 +111,34 @@ def test_nothing_arrives():
 )
 def test_dstack_is_the_same_in_both_engines(plan, switches, patience, seed):
     planned, opportunistic, fair, reject = switches
-    assert_same(plan, lab.DStack(planned, opportunistic, fair, patience, reject, lend=False), 400, seed)
+    assert_same(plan, lab.DStack(planned, opportunistic, fair, patience, reject, pool=False), 400, seed)
 
 
 @needs_numba
 @settings(max_examples=200, deadline=None)
-@given(plan=plans(largest_rate=300), reject=st.booleans(), seed=st.integers(0, 1000))
-def test_lanes_that_are_lent_are_the_same_in_both_engines(plan, reject, seed):
-    assert_same(plan, lab.DStack(reject=reject), 400, seed)
+@given(plan=plans(largest_rate=300), reject=st.booleans(), fair=st.booleans(), seed=st.integers(0, 1000))
+def test_slots_are_the_same_in_both_engines(plan, reject, fair, seed):
+    assert_same(plan, lab.DStack(reject=reject, fair=fair), 400, seed)
 
 
 @needs_numba
 @pytest.mark.parametrize(("workload", "load"), [("C-4", 0.72), ("C-7", 0.65), ("C-7", 1.5)])
-def test_loans_are_the_same_in_both_engines(workload, load):
-    """Workloads in which batches are launched beside the own lane, on what others lend."""
+def test_workloads_in_slots_are_the_same_in_both_engines(workload, load):
+    """Many slots, services in several at once and, beyond the bound, requests that are given up."""
     profile = lab.load_profile("v100-simulated")
     shares = lab.gpu_specs.SPECS["v100"].shares()
     made = lab.optimize(lab.workload(workload, profile, load=load, shares=shares), profile, shares=shares, overload="reject")
     trace = assert_same(made, lab.DStack(reject=True), 3000, seed=1)
-    assert (trace.launches["note"] == "opportunistic").sum() > 5
+    before = trace.launches.groupby("service", observed=True)["end_ms"].shift()
+    assert (trace.launches["start_ms"] < before).sum() > 5
+    assert ((trace.requests["outcome"] == "dropped").sum() > 100) == (load > 1)
 
 
 @needs_numba
 def test_dstack_with_32_services():
     """More windows and queues than the small plans have; launches of several services in one turn."""
     points = [(f"s{i}", 60 + i, lab.Poisson(20), 25.0, 2, table(0.4, 0.1, 20, batch_max=8)) for i in range(32)]
-    trace = assert_same(plan(*points), lab.DStack(patience=2, lend=False), 1000, seed=1)
+    trace = assert_same(plan(*points), lab.DStack(patience=2, pool=False), 1000, seed=1)
     assert set(trace.launches["note"]) == {"planned", "opportunistic"}
 
 
@@ -274,7 +276,7 @@ def test_a_run_left_to_the_python_engine_says_so(times):
 def test_a_broken_rule_is_told_by_the_python_engine(one):
     """With a negative patience batches are ready before they have come."""
     with pytest.raises(lab.PolicyError, match=r"DStack raised at .*a batch of 1 to 16") as caught:
-        lab.simulate(one, lab.DStack(patience=-0.1, lend=False), 100, engine="compiled")
+        lab.simulate(one, lab.DStack(patience=-0.1, pool=False), 100, engine="compiled")
     assert caught.value.trace.provenance.marks == (compiled.LEFT_TO_PYTHON,)
 
 

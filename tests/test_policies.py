@@ -242,7 +242,7 @@ def test_the_scoreboard_forgets_after_its_memory():
 def test_a_policy_states_the_shares_it_needs():
     two = plan(("a", 50, lab.Poisson(10), 50.0, 4, at(50, 10)), ("b", 50, lab.Poisson(10), 25.0, 4, at(25, 10)))
     assert lab.Temporal().shares(two) == {"a": (100.0,), "b": (100.0,)}
-    assert lab.DStack(lend=False).shares(two) == {"a": (50.0,), "b": (50.0,)}  # equal queues: lanes that fill the GPU
+    assert lab.DStack(pool=False).shares(two) == {"a": (50.0,), "b": (50.0,)}  # equal queues: lanes that fill the GPU
     assert lab.DStack().shares(two) == {"a": (25.0, 50.0, 75.0, 100.0), "b": (25.0, 50.0, 75.0, 100.0)}  # and what may be lent
     assert lab.DStack(beside=False).shares(two) == {"a": (50.0,), "b": (25.0,)}  # the plan's own points, in turn
     assert lab.Policy().shares(two) == {"a": (50.0, 100.0), "b": (25.0, 100.0)}

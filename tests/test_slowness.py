@@ -11,7 +11,7 @@ from builders import plan, table
 import dstack_lab as lab
 from dstack_lab.contention import Contention
 from dstack_lab.policies import AdaptiveDStack, DStack, Launch
-from dstack_lab.policies.lane_keeper import LaneKeeper
+from dstack_lab.policies.slots import SlotKeeper
 from dstack_lab.policies.slowness import PRIOR_EACH, SlownessWatch
 from dstack_lab.trials import plan_for
 from dstack_lab.variability import Variability
@@ -137,7 +137,7 @@ class TestAdaptive:
         policy = AdaptiveDStack()
         lab.simulate(wary, policy, 3000, 1, contention=Contention(0))
         assert policy.contention.slowdown < 0.04
-        assert not isinstance(policy.keeper, LaneKeeper) or policy.contention.slowdown > 0
+        assert not isinstance(policy.keeper, SlotKeeper) or policy.contention.slowdown > 0
 
     def test_wrong_predictions_are_corrected(self):
         made = c4(0.4)

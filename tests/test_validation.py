@@ -59,8 +59,8 @@ def test_drawn_service_times_come_from_the_same_seed(plan):
 
 def test_the_run_own_policy_and_plan_matter(plan):
     wide = replace(plan, allocations=tuple(replace(a, gpu_pct=100.0, batch=2) for a in plan.allocations))
-    trace = lab.simulate(wide, lab.DStack(patience=0, lend=False), 2000, seed=5)
-    assert (lab.validate(trace, TOY, lab.DStack(patience=0, lend=False), wide)[ERRORS] == 0).all(axis=None)
+    trace = lab.simulate(wide, lab.DStack(patience=0, pool=False), 2000, seed=5)
+    assert (lab.validate(trace, TOY, lab.DStack(patience=0, pool=False), wide)[ERRORS] == 0).all(axis=None)
     assert (lab.validate(trace, TOY)[ERRORS] != 0).any(axis=None)
 
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dstack_lab.compiled import lender
+from dstack_lab.compiled import slots
 from dstack_lab.compiled.books import FULL, Books, Floats, Integers, Outcome, Queues
 from dstack_lab.compiled.dstack_kernel import LAUNCHES, NOW, WAITING, WAKES, go_on, ready
 from dstack_lab.compiled.notes import coded
 from dstack_lab.ledger import SHARE_SLACK
-from dstack_lab.policies.dstack import MEMORY, DStack
-from dstack_lab.policies.lending import LaneLender
+from dstack_lab.policies.dstack import DStack
+from dstack_lab.policies.slots import MEMORY
 from dstack_lab.policies.windows import EPSILON
 from dstack_lab.state import NS_PER_MS
 
@@ -73,8 +73,8 @@ class Memory(NamedTuple):
 
 def run(policy: DStack, books: Books, slo_ns: Integers, wait_ns: Integers, duration_ns: int, stall_ns: int) -> Outcome:
     """Run to the end; return how that went (`DONE` or `BROKEN`), the number of launches and the notes by code."""
-    if isinstance(policy.keeper, LaneLender):
-        return lender.run(policy.keeper, books, slo_ns, wait_ns, duration_ns, stall_ns)
+    if policy.keeper is not None:
+        return slots.run(policy.keeper, books, slo_ns, wait_ns, duration_ns, stall_ns)
     rules = _rules(policy, books, slo_ns, wait_ns, duration_ns, stall_ns)
     memory = _memory(books.queues, rules)
     while (how := go_on(books.queues, books.log, rules, memory)) == FULL:

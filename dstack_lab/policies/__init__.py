@@ -9,7 +9,7 @@ from dstack_lab.policies.greedy import MaxMin, MaxThroughput
 from dstack_lab.policies.gslice import Gslice
 from dstack_lab.policies.ideal import Ideal
 from dstack_lab.policies.nexus import Nexus
-from dstack_lab.policies.shared_lanes import share_lanes
+from dstack_lab.policies.slot_plan import cut_slots
 from dstack_lab.policies.temporal import Temporal
 from dstack_lab.policies.triton import Triton
 from dstack_lab.policies.uncontrolled import Uncontrolled
@@ -38,6 +38,6 @@ __all__ = [
     "Uncontrolled",
     "Wake",
     "Window",
+    "cut_slots",
     "plan_period",
-    "share_lanes",
 ]

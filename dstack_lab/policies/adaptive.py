@@ -9,9 +9,9 @@ from dataclasses import replace
 from dstack_lab.checks import count, non_negative
 from dstack_lab.contention import Contention
 from dstack_lab.policies.base import Decision, GpuState, Wake
-from dstack_lab.policies.dstack import DStack, knows
-from dstack_lab.policies.lane_keeper import LaneKeeper
-from dstack_lab.policies.shared_lanes import share_lanes
+from dstack_lab.policies.dstack import DStack
+from dstack_lab.policies.slot_plan import cut_slots
+from dstack_lab.policies.slots import SlotKeeper
 from dstack_lab.policies.slowness import SlownessWatch
 from dstack_lab.policies.windows import EPSILON, PeriodPlan, plan_period
 from dstack_lab.services import InfeasiblePlan, Plan
@@ -59,11 +59,13 @@ class AdaptiveDStack(DStack):
         """Begin with the rates of the plan."""
         super().reset(plan)
         self.plan = plan
+        self.wait_part = None if self.keeper is None else self.keeper.slots.wait_part
+        self.most = self.copies(plan)
         self.period_ms = max(service.slo_ms for service in plan.services)
         self.review_ms = self.period_ms
         self.rates = {a.service: a.rate_rps for a in plan.allocations}
         self.seen: deque[dict[str, int]] = deque([dict.fromkeys(self.rates, 0)], maxlen=self.memory + 1)
-        self.coming: tuple[float, Plan, PeriodPlan | LaneKeeper] | None = None
+        self.coming: tuple[float, Plan, PeriodPlan | SlotKeeper] | None = None
         self.replanned_ms: list[float] = []  #: when it planned anew
         told = Contention(slowdown=0) if plan.contention is None else plan.contention
         self.contention = told  #: what it believes launches cost each other
@@ -83,7 +85,7 @@ class AdaptiveDStack(DStack):
         if self.coming is not None:
             if now + EPSILON >= self.coming[0]:  # clocks count whole nanoseconds
                 _, plan, made = self.coming
-                if isinstance(made, LaneKeeper):
+                if isinstance(made, SlotKeeper):
                     self._keep(made)
                 else:
                     self._adopt(plan, made, now)
@@ -146,11 +148,12 @@ class AdaptiveDStack(DStack):
             points.append(replace(a, rate_rps=rates[a.service], service_ms=table.at(a.batch, a.gpu_pct)))
             tables.append(table)
         plan = replace(self.plan, allocations=tuple(points), tables=tuple(tables), contention=self.contention)
-        made: PeriodPlan | LaneKeeper
+        made: PeriodPlan | SlotKeeper
         try:
-            if knows(plan):
-                shared = share_lanes(plan, True, tuple(a.rate_rps for a in points))
-                made = LaneKeeper(shared, self.reject, self.factors)
+            if self._pools(plan):
+                # engines ask how long to wait for company once, and devices how many workers to prepare
+                slots = cut_slots(plan, True, tuple(a.rate_rps for a in points), self.wait_part)
+                made = SlotKeeper(plan, slots, self.reject, self.fair, self.most)
             else:
                 made = plan_period(plan, True, self.beside)
         except InfeasiblePlan:

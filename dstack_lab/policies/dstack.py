@@ -1,4 +1,4 @@
-"""D-STACK: planned windows, opportunistic launches between them, and a scoreboard that keeps it fair."""
+"""D-STACK: a planned cut of the GPU, launches by who has to begin first, and a scoreboard that keeps it fair."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ from collections.abc import Iterable
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
 from dstack_lab.policies.calendar import Booking, Calendar
 from dstack_lab.policies.fair_parts import fairly_reduced
-from dstack_lab.policies.lane_keeper import LaneKeeper
-from dstack_lab.policies.lending import LaneLender, beside
 from dstack_lab.policies.scoreboard import Scoreboard
-from dstack_lab.policies.shared_lanes import share_lanes
+from dstack_lab.policies.slot_plan import cut_slots
+from dstack_lab.policies.slots import MEMORY, SlotKeeper
 from dstack_lab.policies.windows import EPSILON, PeriodPlan, ladders, plan_period
 from dstack_lab.services import Allocation, Plan
-
-#: The scoreboard remembers this many periods.
-MEMORY = 10
 
 
 class DStack(Policy):
     """Dynamic, fair spatio-temporal scheduling; after Dhakal, Kulkarni, Ramakrishnan (IEEE TCC 2024).
 
-    1. *Planned*: each service owns launch windows at its knee share, often enough for its SLO; the
-       windows of a period never need more than 100 GPU% (`plan_period`): side by side in lanes, or in turn.
-    2. *Opportunistic*: whenever GPU% is free and a batch is ready, it is launched if it ends before any
-       planned window that needs its share. Planned windows are never delayed; an empty one is given away.
-       A lane launches whatever waits, and an idle one is lent to who would be late in its own (`LaneLender`).
-    3. *Fair*: among the ready, the service that received least GPU%·ms over the last 10 periods goes
-       first, then the earliest deadline.
+    1. *Planned*: the GPU is cut into equal slots, as many as make fewest requests late in a trial on drawn arrivals
+       (`cut_slots`). Any service may use any slot, a hot one several: none idles while somebody waits.
+    2. *Dynamic*: whenever a slot is free, the service that has to begin first to be in time launches all that waits,
+       or as much as its oldest request can wait for (`SlotKeeper`).
+    3. *Fair*: among services that should have begun already, the one that received least GPU%·ms over the last
+       10 periods goes first.
 
-    Where the plan knows of ``contention``, services may share lanes in turns instead: as many lanes as launches
-    beside each other are worth what they cost each other (`share_lanes`), one for all in the extreme.
+    Without ``pool`` it follows the windows of the paper instead: each service owns launch windows at its knee share,
+    often enough for its SLO, that never need more than 100 GPU% (`plan_period`), side by side in lanes or in turn.
+    Whenever GPU% is free and a batch is ready, it is launched if it ends before any window that needs its share;
+    an empty window is given away.
 
     *Needs to know* service times and rates. *Wins* when knees lie well below 100 %: several networks
     run side by side at shares they can use. *Breaks* when one network fills the GPU, or when the
@@ -41,18 +38,16 @@ class DStack(Policy):
     planned, opportunistic, fair : bool
         Switch an ingredient off, for ablations. Without `fair`, the earliest deadline goes first.
     patience : float
-        Part of its slack (SLO less service time) that the oldest request of an unfilled batch waits
-        before the batch counts as ready for an opportunistic launch; 0 launches whatever waits, as lanes
-        that are lent always do.
+        Without `pool`, part of its slack (SLO less service time) that the oldest request of an unfilled batch waits
+        before the batch counts as ready for an opportunistic launch; 0 launches whatever waits.
     reject : bool
-        Under overload, plan windows for the part of the load that fits and drop requests that are lost, or
-        that a planned batch started now would not serve in time: serving the freshest in full batches answers far
-        more in time than small batches of the oldest. Without it an overload is an `InfeasiblePlan`.
+        Under overload, give up requests that are lost, and the oldest where the batch that is left answers more in
+        time; windows are planned for the part of the load that fits. Without it an overload is an `InfeasiblePlan`.
     beside : bool
-        Give every service a lane of its own where lanes hold the load (`lanes`): their widths are chosen
-        jointly, by the queues that will form in them. Without it windows take turns.
-    lend : bool
-        Lend lanes. Without it a lane's windows are kept for its service, as windows in turn are.
+        Run services side by side. Without it windows take turns; with it, but without `pool`, every service has a
+        lane of its own where lanes hold the load (`lanes`).
+    pool : bool
+        Cut the GPU into slots for all. It takes `planned`, `opportunistic` and `beside`.
     """
 
     def __init__(
@@ -63,34 +58,36 @@ class DStack(Policy):
         patience: float = 0.25,
         reject: bool = False,
         beside: bool = True,
-        lend: bool = True,
+        pool: bool = True,
     ) -> None:
         self.planned, self.opportunistic, self.fair = planned, opportunistic, fair
-        self.patience, self.reject, self.beside, self.lend = patience, reject, beside, lend
+        self.patience, self.reject, self.beside, self.pool = patience, reject, beside, pool
 
     def reset(self, plan: Plan) -> None:
-        """Place the windows, or lanes that services share; may lower shares or batches to make them fit."""
-        names, longest = [s.name for s in plan.services], max(s.slo_ms for s in plan.services)
-        self.scores = Scoreboard(names, longest, MEMORY)
-        if knows(plan):
-            self._keep(LaneKeeper(share_lanes(plan, self.reject), self.reject))
+        """Cut the GPU into slots or place the windows; that may lower shares or batches to make them fit."""
+        self.keeper: SlotKeeper | None = None
+        if self._pools(plan):
+            self._keep(SlotKeeper(plan, cut_slots(plan, self.reject), self.reject, self.fair))
         else:
+            names, longest = [s.name for s in plan.services], max(s.slo_ms for s in plan.services)
+            self.scores = Scoreboard(names, longest, MEMORY)
             self._adopt(plan, self._period(plan), 0.0)
+
+    def _pools(self, plan: Plan) -> bool:
+        """Whether slots are for all; windows do not know that launches slow each other down."""
+        return knows(plan) or (self.pool and self.beside and self.planned and self.opportunistic)
 
     def _period(self, plan: Plan) -> PeriodPlan:
         """Windows of a plan; beyond the bound those who ask for more than a fair part of the GPU give way."""
         return plan_period(fairly_reduced(plan) if self.reject else plan, self.reject, self.beside)
 
-    def _keep(self, keeper: LaneKeeper | LaneLender) -> None:
-        """Follow lanes."""
-        self.keeper: LaneKeeper | LaneLender | None = keeper
+    def _keep(self, keeper: SlotKeeper) -> None:
+        """Follow slots."""
+        self.keeper = keeper
         self.point, self.needs_pct = keeper.points, keeper.needs_pct
 
     def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
-        """Follow the windows of `period` from `now` on, or its lanes."""
-        if self._lends(period):
-            self._keep(LaneLender(plan, period, self.reject))
-            return
+        """Follow the windows of `period` from `now` on."""
         self.keeper = None
         self.point = {a.service: a for a in period.allocations}
         self.ladder = ladders(plan, period)
@@ -102,28 +99,25 @@ class DStack(Policy):
         # then no window ever waits for another; launches of an earlier plan may hold less than their windows now
         self.side_by_side = now == 0 and _added(self.own.values()) <= 100
 
-    def _lends(self, period: PeriodPlan) -> bool:
-        """Whether the windows are lanes that are lent: no window ever waits for another."""
-        lanes = self.lend and self.beside and _added(a.gpu_pct for a in period.allocations) <= 100
-        return lanes and self.planned and self.opportunistic
-
     def wait_ms(self, allocation: Allocation, slo_ms: float) -> float:
-        """Part of the slack that a request spends waiting for company; nothing in a lane of its own."""
-        if isinstance(self.keeper, LaneLender):
-            return 0.0
+        """Part of its SLO, in slots, or of its slack that a request waits for company."""
+        if self.keeper is not None:
+            return self.keeper.slots.wait_part * slo_ms
         return self.patience * max(slo_ms - allocation.service_ms, 0.0)
 
     def shares(self, plan: Plan) -> dict[str, tuple[float, ...]]:
-        """From the share of each service's windows up to the plan's."""
-        if knows(plan):
-            return {p.service: (p.gpu_pct,) for lane in share_lanes(plan, self.reject).lanes for p in lane.points}
-        period = self._period(plan)
-        if self._lends(period):
-            return {a.service: tuple(sorted((a.gpu_pct, *beside(plan, a.gpu_pct)))) for a in period.allocations}
-        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, period).items()}
+        """That of each service's slots, or from the share of its windows up to the plan's."""
+        if self._pools(plan):
+            shares = cut_slots(plan, self.reject).gpu_pct
+            return {service.name: (share,) for service, share in zip(plan.services, shares, strict=True)}
+        return {name: tuple(sorted(ladder)) for name, ladder in ladders(plan, self._period(plan)).items()}
+
+    def copies(self, plan: Plan) -> int:
+        """Slots that one service may use at once."""
+        return cut_slots(plan, self.reject).copies if self._pools(plan) else 1
 
     def decide(self, state: GpuState) -> list[Decision]:
-        """Planned windows first, then whatever fits before the next ones."""
+        """Fill slots; or planned windows first, then whatever fits before the next ones."""
         if self.keeper is not None:
             return self.keeper.decide(state)
         now = state.now_ms

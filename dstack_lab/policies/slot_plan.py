@@ -1,0 +1,157 @@
+"""Into how many slots to cut a GPU, and how long to wait for company: by trial, on requests drawn at the plan's rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from dstack_lab.contention import Contention, Load
+from dstack_lab.policies.slot_trial import Rider, late_in_slots
+from dstack_lab.policies.slots import EPSILON, Slots, in_time, rising
+from dstack_lab.services import InfeasiblePlan, Plan
+
+#: Most slots that are tried.
+MOST_SLOTS = 12
+#: Parts of the SLO that the oldest request may wait for company, and what one more request given up has to be worth.
+WAITS, WORTHS = (0.1, 0.0, 0.05, 0.15, 0.2, 0.3), (1.02, 1.1)
+#: Trials are made at this many times the rates: what only just holds in one draw is no plan.
+MARGIN = 1.03
+#: Requests are drawn for so many of the rarest service, for this many periods at least and at most, and in all.
+RAREST, PERIODS, IN_ALL = 600, (30, 100), 150_000
+#: Parts of the draw that the first trials see, and how many ways go on from each.
+PARTS, BEST = (0.25, 0.5, 1.0), 3
+#: What mean latency counts, as a part of the SLO, where nobody is late.
+TIE = 0.003
+#: Where no requests may be given up, slots in which a larger part of some service's is late do not keep up.
+LATE = 0.05
+
+
+def cut_slots(plan: Plan, drop: bool = True, rates_rps: tuple[float, ...] | None = None, wait_part: float | None = None) -> Slots:
+    """Cut the GPU so that as few requests as possible are late: of the service that suffers most, and of all.
+
+    Every number of slots is tried on a short draw of Poisson arrivals, the best few with several waits on a longer
+    one, and those few, with another rule of giving up, on all of it. A draw is the same whenever a plan is made.
+
+    Parameters
+    ----------
+    plan : Plan
+        Its ``contention`` says what launches beside each other cost, nothing if it is None.
+    drop : bool
+        Whether requests that are lost are given up; if not, rates that no slots sustain have no plan.
+    rates_rps : tuple of float, optional
+        Of each service. By default those of the plan's allocations, or with `drop` all that the services ask for.
+    wait_part : float, optional
+        Do not choose how long to wait for company; see `Slots`.
+
+    Returns
+    -------
+    Slots
+
+    Raises
+    ------
+    InfeasiblePlan
+        If a service meets its SLO at no share, or, without `drop`, if no slots keep up.
+    """
+    found = _cut(plan, drop, rates_rps, wait_part)
+    if found is None or (not drop and max(found.late) > LATE):
+        pairs = zip(plan.services, plan.allocations, strict=True)
+        asks = ", ".join(f"{s.name} at {a.rate_rps:g}/s within {s.slo_ms:g} ms" for s, a in pairs)
+        beside = ", slowed down as they are beside each other" if plan.contention is not None else ""
+        raise InfeasiblePlan(f"no slots hold these services{beside}: {asks}; lower a rate or relax an SLO")
+    return found
+
+
+@lru_cache(maxsize=64)
+def _cut(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None, wait_part: float | None) -> Slots | None:
+    """Plans are compared by identity: one that is used for several seeds is thought through once."""
+    planner = _Planner(plan, drop, rates_rps)
+    waits = WAITS if wait_part is None else (wait_part,)
+    first = [one for count in range(MOST_SLOTS, 0, -1) if (one := planner.slots(count, waits[0])) is not None]
+    best = planner.best([*{one.gpu_pct: one for one in first}.values()], PARTS[0])  # of the same share the fewest
+    best = planner.best([replace(one, wait_part=part) for one in best for part in waits], PARTS[1])
+    best = planner.best([replace(one, worth=worth) for one in best for worth in WORTHS], PARTS[2])
+    return replace(best[0], late=planner.late(best[0], PARTS[2])[0]) if best else None
+
+
+class _Planner:
+    """Trials of one plan."""
+
+    def __init__(self, plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None) -> None:
+        self.plan, self.drop = plan, drop
+        self.rows = list(zip(plan.services, plan.tables, plan.allocations, strict=True))
+        self.contention = Contention(0) if plan.contention is None else plan.contention
+        # a plan beyond the bound was sized for a part of the rates: what is given up, is given up here
+        known = tuple(s.rate_rps if drop else a.rate_rps for s, _, a in self.rows)
+        self.rates = known if rates_rps is None else rates_rps
+
+    @cached_property
+    def span_ms(self) -> float:
+        """Length of the draw."""
+        period, every = max(s.slo_ms for s, _, _ in self.rows), sum(self.rates)
+        rarest = min([rate for rate in self.rates if rate > 0], default=1.0)
+        span = min(max(1000 * RAREST / rarest, PERIODS[0] * period), PERIODS[1] * period)
+        return min(span, 1000 * IN_ALL / max(every, EPSILON))
+
+    @cached_property
+    def arrivals(self) -> list[list[float]]:
+        """Poisson arrivals of each service [ms]."""
+        drawn = []
+        for m, rate in enumerate(self.rates):
+            rng = np.random.default_rng(m)
+            count = rng.poisson(MARGIN * rate * self.span_ms / 1000)
+            drawn.append(np.sort(rng.uniform(0, self.span_ms, count)).tolist())
+        return drawn
+
+    def slots(self, count: int, wait_part: float) -> Slots | None:
+        """So many slots; None if the device grants no such share, or a service needs more than any."""
+        granted = [s for s in self.plan.shares if s <= 100 / count + EPSILON]
+        if not granted:
+            return None
+        shares = []
+        for service, table, _ in self.rows:
+            wider = [s for s in self.plan.shares if s >= granted[-1]]
+            fits = [s for s in wider if table.at(1, s) <= service.slo_ms / 2]
+            fits = fits or [s for s in wider if table.at(1, s) <= service.slo_ms]
+            if not fits:
+                return None
+            shares.append(fits[0])
+        return Slots(count, tuple(shares), wait_part, WORTHS[0], self._slowdown(shares))
+
+    def _slowdown(self, shares: Sequence[float]) -> tuple[float, ...]:
+        """What each launch costs beside as many of the longest others as fit, to a hundredth."""
+        if not self.contention.slowdown:
+            return (1.0,) * len(shares)
+        loads = []
+        for (service, table, _), share in zip(self.rows, shares, strict=True):
+            times = rising([table.at(b, share) for b in range(1, table.batch_max + 1)])
+            batch = max(1, in_time(times, table.batch_max, service.slo_ms / 2))
+            loads.append(Load(table, batch, share, times[batch], share))
+        longest = max(loads, key=lambda load: load.service_ms)
+        found = []
+        for load in loads:
+            others = int((100 - load.gpu_pct + EPSILON) // longest.gpu_pct)
+            found.append(round(self.contention.stretch([load, *[longest] * others])[0], 2))
+        return tuple(found)
+
+    def late(self, slots: Slots, part: float) -> tuple[tuple[float, ...], float]:
+        """Part of each service's requests that is late in a trial on this part of the draw, and mean latency."""
+        until, riders = part * self.span_ms, []
+        columns = zip(self.rows, self.arrivals, slots.gpu_pct, slots.slowdown, strict=True)
+        for (service, table, planned), times, share, slow in columns:
+            arrivals = times[: int(np.searchsorted(times, until))]
+            takes = rising([slow * table.at(b, share) for b in range(1, table.batch_max + 1)])
+            riders.append(Rider(arrivals, service.slo_ms, share, takes, planned.batch, slots.wait_part * service.slo_ms))
+        counts, latency = late_in_slots(riders, slots.copies, slots.worth, self.drop)
+        return tuple(n / max(1, len(r.arrivals_ms)) for n, r in zip(counts, riders, strict=True)), latency
+
+    def best(self, ways: Sequence[Slots], part: float) -> list[Slots]:
+        """The best few in trials on this part of the draw."""
+        return sorted(ways, key=lambda slots: self._pain(slots, part))[:BEST]
+
+    def _pain(self, slots: Slots, part: float) -> float:
+        late, latency = self.late(slots, part)
+        every = sum(r * x for r, x in zip(self.rates, late, strict=True)) / max(sum(self.rates), EPSILON)
+        return max(late) + every + TIE * latency

@@ -1,0 +1,150 @@
+"""Equal slots at run time: the GPU is cut into parts that any service may use, and who has to begin first begins."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, ServiceView, Wake
+from dstack_lab.policies.scoreboard import Scoreboard
+from dstack_lab.services import Allocation, Plan
+
+#: A batch is launched for its oldest request if it is at least this part of what waits; else some are better given up.
+ENOUGH = 0.8
+#: The scoreboard remembers this many periods.
+MEMORY = 10
+#: Room for the rounding of sums of shares [GPU%].
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How a GPU is cut; tuples are in the order of the plan's services.
+
+    Parameters
+    ----------
+    count : int
+        Slots side by side.
+    gpu_pct : tuple of float
+        Share of each service's launches: a slot's, or a wider one if a request alone needs that for its SLO.
+    wait_part : float
+        Part of its SLO that the oldest request of an unfilled batch waits for company.
+    worth : float
+        One more request is given up only if the batch that is left is served faster, per request, by this factor.
+    slowdown : tuple of float
+        Time beside launches in all other slots over time alone.
+    late : tuple of float
+        Part of the requests that was late or given up in the trial that these slots were chosen by.
+    """
+
+    count: int
+    gpu_pct: tuple[float, ...]
+    wait_part: float
+    worth: float
+    slowdown: tuple[float, ...]
+    late: tuple[float, ...] = ()
+
+    @property
+    def copies(self) -> int:
+        """Most launches of one service at once, and workers that a device prepares: a hot one needs some slots, not all."""
+        return min(self.count, 1 + math.ceil(2 * self.count / len(self.gpu_pct)))
+
+
+class SlotKeeper:
+    """Launch whatever waits in any slot that is free.
+
+    1. *Order*: services with a ready batch begin in the order of the instant at which all that waits has to begin to
+       be in time. Who should have begun already comes first; if that is several, the one that received least
+       GPU%·ms over the last 10 periods: where not all can be in time, all lose alike.
+    2. *Batch*: all that waits, or as much as its oldest request can wait for. If that is little, the oldest are
+       given up until what is left is served fastest, request by request.
+
+    Parameters
+    ----------
+    plan : Plan
+    slots : Slots
+    drop : bool
+        Give up requests. Without it all that waits is launched, in time or not.
+    fair : bool
+        Whether the scoreboard decides among those who should have begun already; if not, who should have begun first.
+    copies : int, optional
+        Most launches of one service at once, if less than those of `slots`.
+    """
+
+    def __init__(self, plan: Plan, slots: Slots, drop: bool, fair: bool = True, copies: int | None = None) -> None:
+        self.slots, self.drop, self.fair = slots, drop, fair
+        self.copies = slots.copies if copies is None else min(slots.copies, copies)
+        self.needs_pct = min(slots.gpu_pct) - EPSILON
+        self.times: list[list[float]] = []  #: by service and batch, beside all others [ms]
+        self.points: dict[str, Allocation] = {}  #: share of each service, and its largest batch of which two are in time
+        rows = zip(plan.services, plan.tables, plan.allocations, slots.gpu_pct, slots.slowdown, strict=True)
+        for service, table, planned, share, slow in rows:
+            times = rising([slow * table.at(b, share) for b in range(1, table.batch_max + 1)])
+            batch = max(1, in_time(times, table.batch_max, service.slo_ms / 2))
+            self.times.append(times)
+            self.points[service.name] = Allocation(service.name, share, batch, times[batch], planned.rate_rps)
+        self.scores = Scoreboard(self.points, max(s.slo_ms for s in plan.services), MEMORY)
+
+    def decide(self, state: GpuState) -> list[Decision]:
+        """Fill what is free; whoever comes first is waited for if it does not fit."""
+        now, received = state.now_ms, self.scores.received
+        ready = []
+        for view in state.services:
+            if view.ready and view.in_flight < self.copies:
+                waits = view.queued(view.batch_max)
+                begin = view.oldest_deadline_ms - self.times[view.index][waits]
+                behind = self.fair and begin < now
+                ready.append((not behind, received[view.name] if behind else begin, view.index, view, waits))
+        ready.sort()
+        decisions: list[Decision] = []
+        free, again = state.free_pct + EPSILON, False
+        for _, _, index, view, waits in ready:
+            share = self.slots.gpu_pct[index]
+            if share > free:
+                break
+            lost, batch = self._batch(view, waits, now)
+            if lost:
+                decisions.append(Drop(view.name, lost))
+            if batch:
+                self.scores.add(now, view.name, share * self.times[index][batch])
+                decisions.append(Launch(view.name, share, batch, "planned"))
+                free -= share
+                again = again or batch < waits or waits == view.batch_max
+        if again and free >= self.needs_pct:
+            decisions.append(Wake(now))  # what is left of a queue may begin beside it
+        return decisions
+
+    def _batch(self, view: ServiceView, waits: int, now: float) -> tuple[int, int]:
+        """How many of the oldest requests to give up, and the batch to launch then: none if all are lost."""
+        times = self.times[view.index]
+        batch = in_time(times, waits, view.oldest_deadline_ms - now)
+        if batch >= ENOUGH * waits:
+            return 0, batch
+        return cut(times, view.waiting, now, view.deadline_ms, self.slots.worth) if self.drop else (0, waits)
+
+
+def rising(times_ms: Sequence[float]) -> list[float]:
+    """Service times by batch, from a batch of 0 on, that never fall: a larger batch is done no sooner."""
+    return list(accumulate([0.0, *times_ms], max))
+
+
+def in_time(times: list[float], batch: int, slack_ms: float) -> int:
+    """Largest batch, up to this one, that takes no longer than that."""
+    return bisect_right(times, slack_ms, 1, batch + 1) - 1
+
+
+def cut(times: list[float], waits: int, now: float, deadline_ms: Callable[[int], float], worth: float) -> tuple[int, int]:
+    """How many of the oldest to give up for the batch that is served fastest, and that batch; all and 0 if all are lost."""
+    most = len(times) - 1
+    best, lost, kept = 0.0, waits, 0
+    for given_up in range(waits):
+        rest = min(most, waits - given_up)
+        batch = in_time(times, rest, deadline_ms(given_up) - now)
+        if batch and batch > worth * best * times[batch]:
+            best, lost, kept = batch / times[batch], given_up, batch
+        if batch == rest:
+            break
+    return lost, kept
