@@ -40,13 +40,13 @@ def test_constant_rates_are_left_alone(seed):
 
 def test_a_step_is_followed_within_a_second():
     moved = stepping()
-    policy = AdaptiveDStack()
+    policy = AdaptiveDStack(pool=False)
     followed = lab.simulate(moved, policy, 12_000, seed=1)
     assert STEP_MS < policy.replanned_ms[0] < STEP_MS + 1000
     assert 380 < policy.rates["rises"] < 520
     assert policy.rates["falls"] < 20
     assert attainment(followed, "rises", STEP_MS + 1000) > 0.97
-    fixed = lab.simulate(moved, lab.DStack(reject=True), 12_000, seed=1)
+    fixed = lab.simulate(moved, lab.DStack(reject=True, pool=False), 12_000, seed=1)
     assert attainment(followed, "rises", STEP_MS) > attainment(fixed, "rises", STEP_MS) + 0.02
 
 
@@ -54,9 +54,9 @@ def test_a_step_is_followed_within_a_second():
 def test_new_shares_wait_for_their_standby(switch_ms):
     """Until the nanosecond that their instant rounds to: clocks count whole ones."""
     moved = stepping()
-    policy = AdaptiveDStack(switch_ms=switch_ms)
+    policy = AdaptiveDStack(switch_ms=switch_ms, pool=False)
     trace = lab.simulate(moved, policy, 9000, seed=1)
-    known = {s for shares in lab.DStack(reject=True).shares(moved).values() for s in shares}
+    known = {s for shares in lab.DStack(reject=True, pool=False).shares(moved).values() for s in shares}
     ready_ms = policy.replanned_ms[0] + switch_ms - EPSILON
     before = trace.launches[trace.launches["start_ms"] < ready_ms]
     after = trace.launches[trace.launches["start_ms"] >= ready_ms]

@@ -172,9 +172,9 @@ def test_windows_that_rounding_blocks_for_a_nanosecond():
             (f"s{i}", slo, lab.Poisson(rate), share, int(batch), table(*times, batch_max=8))
             for i, (slo, rate, share, batch, *times) in enumerate(rows)
         ]
-        made, policy = plan(*points), Watched(patience=1)
+        made, policy = plan(*points), Watched(patience=1, pool=False)
         lab.simulate(made, policy, 1500, 1)
-        assert_same(made, lab.DStack(patience=1), 1500, 1)
+        assert_same(made, lab.DStack(patience=1, pool=False), 1500, 1)
         turns += policy.turns
     assert turns > 0
 

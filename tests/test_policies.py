@@ -155,7 +155,7 @@ class TestDStack:
             shares=(60.0, 100.0),
         )
         two = at_rates(two, 10, 10)
-        assert log(lab.simulate(two, lab.DStack(), 60)) == [
+        assert log(lab.simulate(two, lab.DStack(pool=False), 60)) == [
             (0, 10, "a", 60, 1, "planned"),
             (10, 30, "b", 60, 2, "planned"),
             (30, 40, "a", 60, 1, "opportunistic"),  # arrived at 12; takes the place of its window at 33
@@ -170,7 +170,7 @@ class TestDStack:
             shares=(60.0, 100.0),
         )
         two = at_rates(two, 10, 10)
-        starts = {row[2]: row[0] for row in log(lab.simulate(two, lab.DStack(patience=0), 80))}
+        starts = {row[2]: row[0] for row in log(lab.simulate(two, lab.DStack(patience=0, pool=False), 80))}
         assert starts == {"a": 66, "b": 76}
 
     def test_the_least_served_goes_first(self):
@@ -243,7 +243,9 @@ def test_a_policy_states_the_shares_it_needs():
     two = plan(("a", 50, lab.Poisson(10), 50.0, 4, at(50, 10)), ("b", 50, lab.Poisson(10), 25.0, 4, at(25, 10)))
     assert lab.Temporal().shares(two) == {"a": (100.0,), "b": (100.0,)}
     assert lab.DStack(pool=False).shares(two) == {"a": (50.0,), "b": (50.0,)}  # equal queues: lanes that fill the GPU
-    assert lab.DStack().shares(two) == {"a": (25.0, 50.0, 75.0, 100.0), "b": (25.0, 50.0, 75.0, 100.0)}  # and what may be lent
+    slots = lab.cut_slots(two, drop=False)
+    assert lab.DStack().shares(two) == {"a": slots.gpu_pct[:1], "b": slots.gpu_pct[1:]}
+    assert (lab.DStack().copies(two), lab.DStack(pool=False).copies(two)) == (slots.copies, 1)
     assert lab.DStack(beside=False).shares(two) == {"a": (50.0,), "b": (25.0,)}  # the plan's own points, in turn
     assert lab.Policy().shares(two) == {"a": (50.0, 100.0), "b": (25.0, 100.0)}
     with pytest.raises(NotImplementedError, match=r"Policy\.decide"):

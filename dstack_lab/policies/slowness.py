@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,19 +17,26 @@ PRIOR, PRIOR_EACH = 2.0, 10.0
 ENOUGH, BESIDE = 50.0, 0.2
 
 
+@dataclass(slots=True)
+class _Seen:
+    """A launch that has not ended."""
+
+    key: tuple[str, float, int]  # service, since when, batch
+    predicted_ms: float
+    others_ms: float = 0.0  # others beside it, times how long
+
+
 class SlownessWatch:
     """Fits ``took / predicted = a + slowdown · others`` to the launches seen, by least squares.
 
     `others` is the mean number of launches beside one while it ran, each weighted as `Contention` does: the longer is
     felt more. `a` is what predictions miss of a launch alone. Where launches always have as many others beside
-    them the two cannot be told apart, and how long they take together is still right. Launches of one service that
-    overlap count for the others only: nobody says which of them has ended.
+    them the two cannot be told apart, and how long they take together is still right.
     """
 
     def __init__(self, exponent: float = Contention().exponent) -> None:
         self._exponent = exponent
-        self._running: dict[str, list[list[float]]] = {}  # by service, each launch: since, predicted [ms], others · ms
-        self._mixed = set[str]()  # services whose launches overlap
+        self._running: list[_Seen] = []  # oldest first
         self._now = 0.0
         self._sums = np.zeros(5)  # of 1, others, others², ratio, others · ratio
         self._own: dict[str, np.ndarray] = {}  # of 1, others, ratio, by service
@@ -36,21 +45,20 @@ class SlownessWatch:
         """Note the launches that have ended; to be called at the begin of every `decide`."""
         now = state.now_ms
         gone, self._now = now - self._now, now
-        running = self._running
-        rows = [row for launches in running.values() for row in launches]
-        if gone > 0 and len(rows) > 1:
-            weights = [predicted**self._exponent for _, predicted, _ in rows]
+        if gone > 0 and len(self._running) > 1:
+            weights = [seen.predicted_ms**self._exponent for seen in self._running]
             total = sum(weights)
-            for row, weight in zip(rows, weights, strict=True):
-                row[2] += gone * (total - weight) / weight
-        for name, launches in [*running.items()]:
-            while len(launches) > state[name].in_flight:
-                since, predicted, others = launches.pop(0)
-                if name not in self._mixed and now > since:
-                    self._learn(name, (now - since) / predicted, others / (now - since))
-            if not launches:
-                del running[name]
-                self._mixed.discard(name)
+            for seen, weight in zip(self._running, weights, strict=True):
+                seen.others_ms += gone * (total - weight) / weight
+        left = Counter((one.service, one.since_ms, one.batch) for one in state.running)
+        kept = []
+        for seen in self._running:
+            if left[seen.key] > 0:
+                left[seen.key] -= 1
+                kept.append(seen)
+            elif now > (since := seen.key[1]):
+                self._learn(seen.key[0], (now - since) / seen.predicted_ms, seen.others_ms / (now - since))
+        self._running = kept
 
     def _learn(self, name: str, ratio: float, others: float) -> None:
         self._sums += (1, others, others * others, ratio, others * ratio)
@@ -61,11 +69,8 @@ class SlownessWatch:
         """Note what begins now; to be called with what `decide` answers."""
         for one in decisions:
             if isinstance(one, Launch):
-                launches = self._running.setdefault(one.service, [])
-                launches.append([state.now_ms, state[one.service].service_ms(one.batch, one.gpu_pct), 0.0])
-                launches.sort(key=sum)  # the one that is predicted to end first
-                if len(launches) > 1:
-                    self._mixed.add(one.service)
+                predicted_ms = state[one.service].service_ms(one.batch, one.gpu_pct)
+                self._running.append(_Seen((one.service, state.now_ms, one.batch), predicted_ms))
 
     def forget(self, part: float) -> None:
         """Let this part of what was seen fade."""
