@@ -245,7 +245,7 @@ def test_a_policy_states_the_shares_it_needs():
     assert lab.DStack(pool=False).shares(two) == {"a": (50.0,), "b": (50.0,)}  # equal queues: lanes that fill the GPU
     slots = lab.cut_slots(two, drop=False)
     assert lab.DStack().shares(two) == {"a": slots.gpu_pct[:1], "b": slots.gpu_pct[1:]}
-    assert (lab.DStack().copies(two), lab.DStack(pool=False).copies(two)) == (slots.copies, 1)
+    assert (lab.DStack().copies(two), lab.DStack(pool=False).copies(two)) == (max(slots.copies), 1)
     assert lab.DStack(beside=False).shares(two) == {"a": (50.0,), "b": (25.0,)}  # the plan's own points, in turn
     assert lab.Policy().shares(two) == {"a": (50.0, 100.0), "b": (25.0, 100.0)}
     with pytest.raises(NotImplementedError, match=r"Policy\.decide"):

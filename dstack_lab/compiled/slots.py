@@ -22,6 +22,8 @@ class Rules(NamedTuple):
     full: Integers  # batch that counts as ready
     most: Integers
     share: Floats
+    copies: Integers
+    greedy: np.typing.NDArray[np.bool_]
     ms: Floats  # service, batch: as the policy expects it
     cost: Integers  # as it is alone, in whole nanoseconds
     period: float
@@ -32,7 +34,7 @@ class Rules(NamedTuple):
     worth: float
     drop: bool
     fair: bool
-    copies: int
+    greedy_pct: float
     duration: int
     stall: int
 
@@ -75,6 +77,8 @@ def _rules(keeper: SlotKeeper, books: Books, slo_ns: Integers, wait_ns: Integers
         full=np.array([a.batch for a in plan.allocations], dtype=np.int64),
         most=np.array([t.batch_max for t in plan.tables], dtype=np.int64),
         share=np.array(keeper.slots.gpu_pct, dtype=np.float64),
+        copies=np.array(keeper.copies, dtype=np.int64),
+        greedy=np.array(keeper.slots.greedy, dtype=np.bool_),
         ms=ms,
         cost=cost,
         period=float(keeper.scores.period_ms),
@@ -85,7 +89,7 @@ def _rules(keeper: SlotKeeper, books: Books, slo_ns: Integers, wait_ns: Integers
         worth=float(keeper.slots.worth),
         drop=bool(keeper.drop),
         fair=bool(keeper.fair),
-        copies=int(keeper.copies),
+        greedy_pct=float(keeper.slots.greedy_pct),
         duration=duration_ns,
         stall=stall_ns,
     )

@@ -50,13 +50,13 @@ def _in_time(ms: Floats, batch: int, slack: float) -> int:
 
 @jit
 def _cut(
-    arrival: Integers, first: int, waits: int, now_ms: float, slo: int, most: int, ms: Floats, worth: float
+    arrival: Integers, head: int, waits: int, now_ms: float, slo: int, most: int, ms: Floats, worth: float
 ) -> tuple[int, int]:
     """How many of the oldest requests to give up, and the batch to launch then."""
     best, lost, kept = 0.0, waits, 0
     for given_up in range(waits):
         rest = min(most, waits - given_up)
-        batch = _in_time(ms, rest, (arrival[first + given_up] + slo) / NS_PER_MS - now_ms)
+        batch = _in_time(ms, rest, (arrival[head + given_up] + slo) / NS_PER_MS - now_ms)
         if batch > 0 and batch > worth * best * ms[batch]:
             best, lost, kept = batch / ms[batch], given_up, batch
         if batch == rest:
@@ -112,7 +112,7 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
     now, launched_at, number, waiting = clock[NOW], clock[LAUNCHED_AT], clock[LAUNCHES], clock[WAITING]
     again, running, free = clock[AGAIN], clock[RUNNING], memory.free[0]
     queue, waits = np.empty(services, dtype=np.int64), np.empty(services, dtype=np.int64)
-    key, behind = np.empty(services), np.empty(services, dtype=np.bool_)
+    key, first = np.empty(services), np.empty(services, dtype=np.bool_)
     how = DONE
     while waiting > 0 or running > 0:
         if number + services > room:
@@ -141,33 +141,43 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
             else:
                 service[kept], until[kept] = service[q], until[q]
                 kept += 1
-        running, n = left, 0
+        running, n, pressing = left, 0, now_ms
+        if running > 0 and rules.greedy.any():
+            soonest = until[0]
+            for q in range(1, running):
+                soonest = min(soonest, until[q])
+            pressing = soonest / NS_PER_MS
         for i in range(services):
-            if ready_at[i] > now or flight[i] >= rules.copies:
+            if ready_at[i] > now or flight[i] >= rules.copies[i]:
                 continue
             waits[i] = _waiting(arrival, head[i], min(stop[i], head[i] + rules.most[i]), now)
             key[i] = (arrival[head[i]] + slo[i]) / NS_PER_MS - ms[i, waits[i]]
-            behind[i] = rules.fair and key[i] < now_ms
-            if behind[i]:
+            first[i] = rules.fair and key[i] < pressing
+            if first[i]:
                 key[i] = received[i]
             k = n
             while k > 0:  # insert it among those sorted so far
                 j = queue[k - 1]
-                if behind[i] == behind[j]:
+                if first[i] == first[j]:
                     if key[i] >= key[j]:
                         break
-                elif behind[j]:
+                elif first[j]:
                     break
                 queue[k] = j
                 k -= 1
             queue[k] = i
             n += 1
-        spare, again = free + rules.epsilon, 0
+        spare, again, room_left = free + rules.epsilon, 0, rules.greedy_pct + rules.epsilon
+        for i in range(services):
+            if rules.greedy[i]:
+                room_left -= flight[i] * rules.share[i]
         for k in range(n):
             i = queue[k]
             share = rules.share[i]
             if share > spare:
                 break
+            if rules.greedy[i] and share > room_left:
+                continue
             batch = _in_time(ms[i], waits[i], (arrival[head[i]] + slo[i]) / NS_PER_MS - now_ms)
             if batch < rules.enough * waits[i]:
                 batch = waits[i]
@@ -179,6 +189,7 @@ def go_on(queues: Queues, log: Log, rules: Rules, memory: Memory) -> int:
             if batch > 0:
                 _credit(memory, rules.period, now_ms, i, share * ms[i, batch])
                 spare -= share
+                room_left -= share if rules.greedy[i] else 0.0
                 if batch < waits[i] or waits[i] == rules.most[i]:
                     again = 1
                 if share > free + rules.slack or running == until.size:

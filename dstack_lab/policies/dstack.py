@@ -114,7 +114,7 @@ class DStack(Policy):
 
     def copies(self, plan: Plan) -> int:
         """Slots that one service may use at once."""
-        return cut_slots(plan, self.reject).copies if self._pools(plan) else 1
+        return max(cut_slots(plan, self.reject).copies) if self._pools(plan) else 1
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Fill slots; or planned windows first, then whatever fits before the next ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -9,6 +10,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from dstack_lab.contention import Contention, Load
+from dstack_lab.policies.fair_parts import demands, fair_parts
 from dstack_lab.policies.slot_trial import Rider, late_in_slots
 from dstack_lab.policies.slots import EPSILON, Slots, in_time, rising
 from dstack_lab.services import InfeasiblePlan, Plan
@@ -17,14 +19,16 @@ from dstack_lab.services import InfeasiblePlan, Plan
 MOST_SLOTS = 12
 #: Parts of the SLO that the oldest request may wait for company, and what one more request given up has to be worth.
 WAITS, WORTHS = (0.1, 0.0, 0.05, 0.15, 0.2, 0.3), (1.02, 1.1)
+#: How many times what the others ask for is kept free of the greedy.
+ROOMS = (0.0, 1.0, 1.5, 2.0, 3.0)
 #: Trials are made at this many times the rates: what only just holds in one draw is no plan.
 MARGIN = 1.03
 #: Requests are drawn for so many of the rarest service, for this many periods at least and at most, and in all.
 RAREST, PERIODS, IN_ALL = 600, (30, 100), 150_000
-#: Parts of the draw that the first trials see, and how many ways go on from each.
+#: Parts of the draw that the first, second and last trials see, and how many ways go on from each.
 PARTS, BEST = (0.25, 0.5, 1.0), 3
-#: What mean latency counts, as a part of the SLO, where nobody is late.
-TIE = 0.003
+#: What counts beside the late part of all requests: that of the service that suffers most, and mean latency over SLO.
+WORST, TIE = 1.0, 0.003
 #: Where no requests may be given up, slots in which a larger part of some service's is late do not keep up.
 LATE = 0.05
 
@@ -69,11 +73,12 @@ def _cut(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None, wait_part:
     """Plans are compared by identity: one that is used for several seeds is thought through once."""
     planner = _Planner(plan, drop, rates_rps)
     waits = WAITS if wait_part is None else (wait_part,)
-    first = [one for count in range(MOST_SLOTS, 0, -1) if (one := planner.slots(count, waits[0])) is not None]
-    best = planner.best([*{one.gpu_pct: one for one in first}.values()], PARTS[0])  # of the same share the fewest
-    best = planner.best([replace(one, wait_part=part) for one in best for part in waits], PARTS[1])
-    best = planner.best([replace(one, worth=worth) for one in best for worth in WORTHS], PARTS[2])
-    return replace(best[0], late=planner.late(best[0], PARTS[2])[0]) if best else None
+    ways = [one for count in range(1, MOST_SLOTS + 1) if (one := planner.slots(count, waits[0])) is not None]
+    ways = [*{one.gpu_pct: one for one in ways}.values()]  # the same share once
+    for part, field, values in zip(PARTS, ("greedy_pct", "wait_part", "worth"), (planner.rooms, waits, WORTHS), strict=True):
+        tried = [replace(one, **{field: value}) for one in ways for value in values]  # type: ignore[arg-type]
+        ways = sorted(tried, key=lambda slots, part=part: planner.pain(slots, part))[:BEST]  # type: ignore[misc]
+    return replace(ways[0], late=planner.late(ways[0], PARTS[-1])[0]) if ways else None
 
 
 class _Planner:
@@ -86,6 +91,12 @@ class _Planner:
         # a plan beyond the bound was sized for a part of the rates: what is given up, is given up here
         known = tuple(s.rate_rps if drop else a.rate_rps for s, _, a in self.rows)
         self.rates = known if rates_rps is None else rates_rps
+        asked = demands(plan, self.rates)
+        #: Part of each service's requests that can be served if the GPU is shared fairly; 1 within the bound.
+        self.parts = fair_parts(asked, 100.0)
+        modest = sum(pct for pct, part in zip(asked, self.parts, strict=True) if part == 1)
+        #: GPU% that the greedy may hold: all of it, or what several times the demand of the others leaves.
+        self.rooms = [100 - times * modest for times in (ROOMS if min(self.parts) < 1 else ROOMS[:1])]
 
     @cached_property
     def span_ms(self) -> float:
@@ -106,7 +117,7 @@ class _Planner:
         return drawn
 
     def slots(self, count: int, wait_part: float) -> Slots | None:
-        """So many slots; None if the device grants no such share, or a service needs more than any."""
+        """At least so many slots; None if the device grants no such share, or a service needs more than any."""
         granted = [s for s in self.plan.shares if s <= 100 / count + EPSILON]
         if not granted:
             return None
@@ -118,7 +129,18 @@ class _Planner:
             if not fits:
                 return None
             shares.append(fits[0])
-        return Slots(count, tuple(shares), wait_part, WORTHS[0], self._slowdown(shares))
+        count = int((100 + EPSILON) // granted[-1])
+        return Slots(
+            services=tuple(s.name for s, _, _ in self.rows),
+            count=count,
+            gpu_pct=tuple(shares),
+            copies=(min(count, 1 + math.ceil(2 * count / len(shares))),) * len(shares),
+            greedy=tuple(part < 1 for part in self.parts),
+            greedy_pct=100.0,
+            wait_part=wait_part,
+            worth=WORTHS[0],
+            slowdown=self._slowdown(shares),
+        )
 
     def _slowdown(self, shares: Sequence[float]) -> tuple[float, ...]:
         """What each launch costs beside as many of the longest others as fit, to a hundredth."""
@@ -137,21 +159,23 @@ class _Planner:
         return tuple(found)
 
     def late(self, slots: Slots, part: float) -> tuple[tuple[float, ...], float]:
-        """Part of each service's requests that is late in a trial on this part of the draw, and mean latency."""
+        """Part of each service's requests that is late in a trial on this part of the draw, and mean latency over SLO."""
         until, riders = part * self.span_ms, []
-        columns = zip(self.rows, self.arrivals, slots.gpu_pct, slots.slowdown, strict=True)
-        for (service, table, planned), times, share, slow in columns:
-            arrivals = times[: int(np.searchsorted(times, until))]
+        columns = zip(slots.gpu_pct, slots.copies, slots.greedy, slots.slowdown, strict=True)
+        for (service, table, planned), times, (share, copies, greedy, slow) in zip(
+            self.rows, self.arrivals, columns, strict=True
+        ):
             takes = rising([slow * table.at(b, share) for b in range(1, table.batch_max + 1)])
-            riders.append(Rider(arrivals, service.slo_ms, share, takes, planned.batch, slots.wait_part * service.slo_ms))
-        counts, latency = late_in_slots(riders, slots.copies, slots.worth, self.drop)
+            arrivals = times[: int(np.searchsorted(times, until))]
+            wait_ms = slots.wait_part * service.slo_ms
+            riders.append(Rider(arrivals, service.slo_ms, share, copies, greedy, takes, planned.batch, wait_ms))
+        counts, latency = late_in_slots(riders, slots.worth, self.drop, slots.greedy_pct)
         return tuple(n / max(1, len(r.arrivals_ms)) for n, r in zip(counts, riders, strict=True)), latency
 
-    def best(self, ways: Sequence[Slots], part: float) -> list[Slots]:
-        """The best few in trials on this part of the draw."""
-        return sorted(ways, key=lambda slots: self._pain(slots, part))[:BEST]
-
-    def _pain(self, slots: Slots, part: float) -> float:
+    def pain(self, slots: Slots, part: float) -> float:
+        """What a way to cut costs in a trial; nobody suffers by what a fair share of the GPU cannot serve."""
         late, latency = self.late(slots, part)
+        modest = max([x for x, fair in zip(late, self.parts, strict=True) if fair == 1], default=0.0)
+        greedy = max([x - (1 - fair) for x, fair in zip(late, self.parts, strict=True) if fair < 1], default=0.0)
         every = sum(r * x for r, x in zip(self.rates, late, strict=True)) / max(sum(self.rates), EPSILON)
-        return max(late) + every + TIE * latency
+        return WORST * modest + greedy + every + TIE * latency

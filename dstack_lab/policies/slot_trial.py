@@ -19,19 +19,21 @@ EPSILON_MS = 1e-9
 class Rider(NamedTuple):
     """A service in slots of one share.
 
-    `arrivals_ms` ascend. ``times[b]`` is how long a batch of b takes, from a batch of 0 on. A batch is ready when it
-    has `full` requests or its oldest has waited `wait_ms`.
+    `arrivals_ms` ascend. It uses `copies` slots at once, at most. ``times[b]`` is how long a batch of b takes, from a
+    batch of 0 on. A batch is ready when it has `full` requests or its oldest has waited `wait_ms`.
     """
 
     arrivals_ms: Sequence[float]
     slo_ms: float
     gpu_pct: float
+    copies: int
+    greedy: bool
     times: list[float]
     full: int
     wait_ms: float
 
 
-def late_in_slots(riders: Sequence[Rider], copies: int, worth: float, drop: bool, fair: bool = True) -> tuple[list[int], float]:
+def late_in_slots(riders: Sequence[Rider], worth: float, drop: bool, greedy_pct: float = 100.0) -> tuple[list[int], float]:
     """Requests of each service that are late or given up, and the mean latency of those launched, as a part of the SLO."""
     count, now, free = len(riders), 0.0, 100.0
     scores = Scoreboard(map(str, range(count)), max(r.slo_ms for r in riders), MEMORY)
@@ -43,22 +45,24 @@ def late_in_slots(riders: Sequence[Rider], copies: int, worth: float, drop: bool
     ready = [min(row[r.full - 1], row[0] + r.wait_ms) for row, r in zip(rows, riders, strict=True)]
     needs = min(r.gpu_pct for r in riders) - EPSILON
     running: list[tuple[float, int]] = []
-    again = False
+    again, left, crowded = False, greedy_pct + EPSILON, any(r.greedy for r in riders)
     while True:
-        order = []
+        order, pressing = [], running[0][0] if crowded and running else now
         for i in range(count):
-            if ready[i] <= now and flight[i] < copies:
+            if ready[i] <= now and flight[i] < riders[i].copies:
                 row, head, rider = rows[i], heads[i], riders[i]
                 waits = bisect_right(row, now, head, head + most[i]) - head
                 begin = row[head] + rider.slo_ms - rider.times[waits]
-                overdue = fair and begin < now
-                order.append((not overdue, received[str(i)] if overdue else begin, i, waits))
+                first = begin < pressing
+                order.append((not first, received[str(i)] if first else begin, i, waits))
         order.sort()
         again = False
         for _, _, i, waits in order:
             rider, row, head = riders[i], rows[i], heads[i]
             if rider.gpu_pct > free + EPSILON:
                 break
+            if rider.greedy and rider.gpu_pct > left:
+                continue
             times, slo = rider.times, rider.slo_ms
             batch = in_time(times, waits, row[head] + slo - now)
             if batch < ENOUGH * waits:
@@ -78,6 +82,7 @@ def late_in_slots(riders: Sequence[Rider], copies: int, worth: float, drop: bool
                 served += batch
                 head += batch
                 free -= rider.gpu_pct
+                left -= rider.gpu_pct * rider.greedy
                 flight[i] += 1
                 heappush(running, (end, i))
                 again = again or batch < waits or waits == most[i]
@@ -91,12 +96,14 @@ def late_in_slots(riders: Sequence[Rider], copies: int, worth: float, drop: bool
                 if now < at < upcoming:
                     upcoming = at
         if upcoming == INFINITE:
-            return late, spent / max(served, 1)
+            never = [len(r.arrivals_ms) - head for r, head in zip(riders, heads, strict=True)]
+            return [n + left for n, left in zip(late, never, strict=True)], spent / max(served, 1)
         now = upcoming
         while running and running[0][0] <= now:
             _, i = heappop(running)
             flight[i] -= 1
             free = free + riders[i].gpu_pct if running else 100.0
+            left += riders[i].gpu_pct * riders[i].greedy
 
 
 def _deadlines(row: list[float], head: int, slo_ms: float) -> Callable[[int], float]:

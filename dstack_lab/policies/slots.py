@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
+
+import pandas as pd
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, ServiceView, Wake
 from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.services import Allocation, Plan
+from dstack_lab.state import NS_PER_MS
 
 #: A batch is launched for its oldest request if it is at least this part of what waits; else some are better given up.
 ENOUGH = 0.8
@@ -22,14 +24,21 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """How a GPU is cut; tuples are in the order of the plan's services.
+    """How a GPU is cut; tuples are by service.
 
     Parameters
     ----------
+    services : tuple of str
     count : int
         Slots side by side.
     gpu_pct : tuple of float
         Share of each service's launches: a slot's, or a wider one if a request alone needs that for its SLO.
+    copies : tuple of int
+        Most launches of each service at once.
+    greedy : tuple of bool
+        Who asks for more than a fair part of a GPU that cannot serve all; nobody within the bound.
+    greedy_pct : float
+        GPU% that the greedy hold together, at most: the rest is left to the others.
     wait_part : float
         Part of its SLO that the oldest request of an unfilled batch waits for company.
     worth : float
@@ -40,25 +49,30 @@ class Slots:
         Part of the requests that was late or given up in the trial that these slots were chosen by.
     """
 
+    services: tuple[str, ...]
     count: int
     gpu_pct: tuple[float, ...]
+    copies: tuple[int, ...]
+    greedy: tuple[bool, ...]
+    greedy_pct: float
     wait_part: float
     worth: float
     slowdown: tuple[float, ...]
     late: tuple[float, ...] = ()
 
-    @property
-    def copies(self) -> int:
-        """Most launches of one service at once, and workers that a device prepares: a hot one needs some slots, not all."""
-        return min(self.count, 1 + math.ceil(2 * self.count / len(self.gpu_pct)))
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per service, in the columns' names and order; the slots' number stands in each."""
+        return pd.DataFrame({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 class SlotKeeper:
     """Launch whatever waits in any slot that is free.
 
     1. *Order*: services with a ready batch begin in the order of the instant at which all that waits has to begin to
-       be in time. Who should have begun already comes first; if that is several, the one that received least
-       GPU%·ms over the last 10 periods: where not all can be in time, all lose alike.
+       be in time. Who should have begun already comes first (in a crowd, who cannot wait for the next launch to end);
+       if that is several, the one that received least GPU%·ms over the last 10 periods: where not all can be in
+       time, all lose alike.
+       Beyond the bound the greedy leave the others room.
     2. *Batch*: all that waits, or as much as its oldest request can wait for. If that is little, the oldest are
        given up until what is left is served fastest, request by request.
 
@@ -76,7 +90,7 @@ class SlotKeeper:
 
     def __init__(self, plan: Plan, slots: Slots, drop: bool, fair: bool = True, copies: int | None = None) -> None:
         self.slots, self.drop, self.fair = slots, drop, fair
-        self.copies = slots.copies if copies is None else min(slots.copies, copies)
+        self.copies = [n if copies is None else min(n, copies) for n in slots.copies]
         self.needs_pct = min(slots.gpu_pct) - EPSILON
         self.times: list[list[float]] = []  #: by service and batch, beside all others [ms]
         self.points: dict[str, Allocation] = {}  #: share of each service, and its largest batch of which two are in time
@@ -91,20 +105,25 @@ class SlotKeeper:
     def decide(self, state: GpuState) -> list[Decision]:
         """Fill what is free; whoever comes first is waited for if it does not fit."""
         now, received = state.now_ms, self.scores.received
+        pressing = now
+        if any(self.slots.greedy):
+            pressing = min([end for *_, end in state._running.values()], default=state.now_ns) / NS_PER_MS
         ready = []
         for view in state.services:
-            if view.ready and view.in_flight < self.copies:
+            if view.ready and view.in_flight < self.copies[view.index]:
                 waits = view.queued(view.batch_max)
                 begin = view.oldest_deadline_ms - self.times[view.index][waits]
-                behind = self.fair and begin < now
-                ready.append((not behind, received[view.name] if behind else begin, view.index, view, waits))
+                first = self.fair and begin < pressing
+                ready.append((not first, received[view.name] if first else begin, view.index, view, waits))
         ready.sort()
         decisions: list[Decision] = []
-        free, again = state.free_pct + EPSILON, False
+        free, again, left = state.free_pct + EPSILON, False, self._left(state)
         for _, _, index, view, waits in ready:
-            share = self.slots.gpu_pct[index]
+            share, greedy = self.slots.gpu_pct[index], self.slots.greedy[index]
             if share > free:
                 break
+            if greedy and share > left:
+                continue
             lost, batch = self._batch(view, waits, now)
             if lost:
                 decisions.append(Drop(view.name, lost))
@@ -112,10 +131,19 @@ class SlotKeeper:
                 self.scores.add(now, view.name, share * self.times[index][batch])
                 decisions.append(Launch(view.name, share, batch, "planned"))
                 free -= share
+                left -= share if greedy else 0.0
                 again = again or batch < waits or waits == view.batch_max
         if again and free >= self.needs_pct:
             decisions.append(Wake(now))  # what is left of a queue may begin beside it
         return decisions
+
+    def _left(self, state: GpuState) -> float:
+        """GPU% that the greedy may still take."""
+        left = self.slots.greedy_pct + EPSILON
+        for view, share, greedy in zip(state.services, self.slots.gpu_pct, self.slots.greedy, strict=True):
+            if greedy:
+                left -= view.in_flight * share
+        return left
 
     def _batch(self, view: ServiceView, waits: int, now: float) -> tuple[int, int]:
         """How many of the oldest requests to give up, and the batch to launch then: none if all are lost."""
