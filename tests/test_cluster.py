@@ -504,7 +504,7 @@ class TestSimulate:
             gpu: replace(plan, allocations=tuple(replace(a, rate_rps=20 * a.rate_rps) for a in plan.allocations))
             for gpu, plan in temporal.plans.items()
         }
-        with pytest.raises(lab.InfeasiblePlan, match="gpu0: no period"):
+        with pytest.raises(lab.InfeasiblePlan, match="gpu0: no slots"):
             lab.simulate_cluster(replace(temporal, plans=crowded), lab.DStack, 300)
 
     @pytest.mark.parametrize(

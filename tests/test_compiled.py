@@ -130,7 +130,7 @@ def test_workloads_in_slots_are_the_same_in_both_engines(workload, load):
     made = lab.optimize(lab.workload(workload, profile, load=load, shares=shares), profile, shares=shares, overload="reject")
     trace = assert_same(made, lab.DStack(reject=True), 3000, seed=1)
     before = trace.launches.groupby("service", observed=True)["end_ms"].shift()
-    assert ((trace.launches["start_ms"] < before).sum() > 5) == (load < 1)
+    assert (trace.launches["start_ms"] < before).sum() > 5
     assert ((trace.requests["outcome"] == "dropped").sum() > 100) == (load > 1)
 
 

@@ -205,7 +205,7 @@ def test_busy_time_counts_overlaps_once(pairs):
 @pytest.fixture(scope="module")
 def trace(profile):
     plan = lab.optimize([lab.Service(MOBILE, 25, lab.Poisson(400)), lab.Service(RESNET, 50, lab.Poisson(200))], profile)
-    return lab.simulate(plan, lab.DStack(), 2_000, seed=3)
+    return lab.simulate(plan, lab.DStack(pool=False), 2_000, seed=3)
 
 
 def test_what_nvidia_smi_shows(trace):

@@ -435,7 +435,7 @@ def test_a_baseline_wins_where_fairness_costs(profile):
 @pytest.mark.parametrize(
     ("policy", "load", "words"),
     [
-        (lab.Uncontrolled(), 0.8, "What does D-STACK pay"),
+        (lab.Uncontrolled(), 1.0, "What does D-STACK pay"),
         (lab.Uncontrolled(), 0.3, "nobody can be clearly better"),
         (lab.Temporal(), 4.0, "go nearer to 1"),
         (lab.DStack(), 0.8, "D-STACK itself"),

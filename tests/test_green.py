@@ -737,7 +737,8 @@ def test_a_lost_process_is_replaced_and_no_request_is_lost(sleepers, deed):
     assert set(kinds) <= {"worker died", "worker hung", "retried", "worker ready"}
     assert ("worker hung" in kinds) == (deed == signal.SIGSTOP)
     ready = trace.events.loc[trace.events["kind"] == "worker ready", "service"].value_counts()
-    assert ready.to_dict() == {service: len(shares) for service, shares in lab.DStack().shares(sleepy_plan()).items()}
+    copies, shares = lab.DStack().copies(sleepy_plan()), lab.DStack().shares(sleepy_plan())
+    assert ready.to_dict() == {service: copies * len(mine) for service, mine in shares.items()}
     served = trace.requests["outcome"] == "served"
     assert served.mean() > 0.5
     assert set(trace.requests.loc[~served, "outcome"]) <= {"dropped"}  # by the policy: too late
