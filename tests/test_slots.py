@@ -1,0 +1,265 @@
+"""Slots at run time: each rule of `SlotKeeper` as a log small enough to check by hand, and what holds for every run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builders import plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dstack_lab as lab
+from dstack_lab.policies.slots import SlotKeeper, Slots
+from dstack_lab.policies.slots import cut as give_up
+from dstack_lab.services import ServiceTable
+
+
+class Keeps(lab.Policy):
+    """Follows slots as they are given."""
+
+    def __init__(self, slots: Slots, drop: bool = False, fair: bool = True, copies: int | None = None) -> None:
+        self.slots, self.drop, self.fair, self.most = slots, drop, fair, copies
+
+    def reset(self, plan):
+        self.keeper = SlotKeeper(plan, self.slots, self.drop, self.fair, self.most)
+        self.needs_pct = self.keeper.needs_pct
+
+    def wait_ms(self, allocation, slo_ms):
+        return self.slots.wait_part * slo_ms
+
+    def decide(self, state):
+        return self.keeper.decide(state)
+
+
+def cut(plan: lab.Plan, count: int, copies: int = 9, **changes) -> Slots:
+    """Equal slots; any field may be given."""
+    n = len(plan.services)
+    fields = {
+        "services": tuple(s.name for s in plan.services),
+        "count": count,
+        "gpu_pct": (100 / count,) * n,
+        "copies": (copies,) * n,
+        "greedy": (False,) * n,
+        "greedy_pct": 100.0,
+        "wait_part": 0.0,
+        "worth": 1.02,
+        "slowdown": (1.0,) * n,
+    }
+    return Slots(**{**fields, **changes})
+
+
+def takes(fixed: float, per_item: float = 0.0, most: int = 1) -> ServiceTable:
+    """Takes fixed + batch · per_item [ms], whatever the share; batches of 1 to `most`."""
+    return ServiceTable(np.repeat((fixed + per_item * np.arange(1, most + 1))[:, None], 100, axis=1))
+
+
+def asks(full: int = 1, **services: tuple[float, list[float], ServiceTable]) -> lab.Plan:
+    """Plan from name=(SLO, arrivals, service times); a batch is full with `full` requests."""
+    return plan(*[(name, slo, lab.Replay(came), 25.0, full, times) for name, (slo, came, times) in services.items()])
+
+
+def run(made: lab.Plan, slots: Slots, **how) -> lab.Trace:
+    return lab.simulate(made, Keeps(slots, **how), 300)
+
+
+def log(trace: lab.Trace) -> str:
+    """``start-end service batch@GPU%`` of each launch; then who gave up how many."""
+    rows = trace.launches[["start_ms", "end_ms", "service", "batch", "gpu_pct"]].itertuples(index=False)
+    launches = ", ".join(f"{start:.6g}-{end:.6g} {name}{batch}@{share:.4g}" for start, end, name, batch, share in rows)
+    lost = trace.requests.loc[trace.requests["outcome"] == "dropped", "service"].value_counts()
+    return launches + "".join(f"; {name} gave up {n}" for name, n in sorted(lost.items()) if n)
+
+
+class TestWhere:
+    def test_any_service_in_any_slot_and_a_hot_one_in_several(self):
+        """a takes three of four slots, which are its copies, b one; at 10 a takes three again, though a fourth is free."""
+        made = asks(a=(40, [0.0] * 6, takes(10)), b=(60, [0.0], takes(10)))
+        first = "0-10 a1@25, 0-10 b1@25, 0-10 a1@25, 0-10 a1@25"
+        assert log(run(made, cut(made, 4, copies=3))) == f"{first}, 10-20 a1@25, 10-20 a1@25, 10-20 a1@25"
+
+    def test_fewer_copies_than_planned(self):
+        """A device that prepared two workers is asked for no third."""
+        made = asks(a=(99, [0.0] * 5, takes(10)))
+        found = log(run(made, cut(made, 4, copies=3), copies=2))
+        assert found == "0-10 a1@25, 0-10 a1@25, 10-20 a1@25, 10-20 a1@25, 20-30 a1@25"
+        assert found == log(run(made, cut(made, 4, copies=2), copies=3))
+
+    def test_a_queue_longer_than_the_largest_batch_begins_in_two_slots_at_one_instant(self):
+        made = asks(a=(50, [0.0] * 7, takes(10, most=4)))
+        assert log(run(made, cut(made, 2))) == "0-10 a4@50, 0-10 a3@50"
+        assert log(run(made, cut(made, 1))) == "0-10 a4@100, 10-20 a3@100"
+
+    @pytest.mark.parametrize(
+        ("slo_a", "rows"),
+        [
+            (100, "0-10 a1@25, 0-10 a1@25, 10-20 b1@75, 10-20 a1@25"),  # b has to begin by 11, a's third by 92
+            (12, "0-10 a1@25, 0-10 a1@25, 2-12 a1@25, 10-20 b1@75"),  # a's third by 4
+        ],
+    )
+    def test_who_comes_first_and_does_not_fit_is_waited_for(self, slo_a, rows):
+        """b needs 75 %, and 50 are free from 0 to 10: a would fit at 2."""
+        made = asks(a=(slo_a, [0, 0, 2], takes(10)), b=(20, [1], takes(10)))
+        assert log(run(made, cut(made, 4, gpu_pct=(25.0, 75.0)))) == rows
+
+    def test_the_greedy_leave_room(self):
+        """Two of four slots are for g; at 2 it is g's turn, but b begins, for whom the others are kept."""
+        made = asks(g=(15, [0.0] * 4, takes(10)), b=(60, [0, 2, 3], takes(10)))
+        free, kept = (log(run(made, cut(made, 4, greedy=(True, False), greedy_pct=pct))) for pct in (100, 50))
+        assert free == ("0-10 g1@25, 0-10 b1@25, 0-10 g1@25, 0-10 g1@25, 10-20 g1@25, 10-20 b1@25, 10-20 b1@25")
+        assert kept == ("0-10 g1@25, 0-10 b1@25, 0-10 g1@25, 2-12 b1@25, 10-20 g1@25, 10-20 b1@25, 10-20 g1@25")
+
+
+class TestWhen:
+    def test_who_has_to_begin_first_begins(self):
+        """a is due at 40 and takes 10 ms, b at 45 and 30: b has to begin by 15, a by 30."""
+        made = asks(a=(40, [0], takes(10)), b=(45, [0], takes(30)))
+        assert log(run(made, cut(made, 1))) == "0-30 b1@100, 30-40 a1@100"
+
+    def test_all_that_waits_is_what_has_to_begin(self):
+        """One request of a could begin by 30; its five take 30 ms and have to by 10, before b by 15."""
+        made = asks(a=(40, [0.0] * 5, takes(5, 5, most=5)), b=(45, [0], takes(30)))
+        assert log(run(made, cut(made, 1))) == "0-30 a5@100, 30-60 b1@100"
+
+    def test_who_should_have_begun_already_goes_by_what_it_received(self):
+        """At 10 a should have begun by 5, b by 8; a has received 1000 GPU%·ms, b nothing, and 500 at 15."""
+        made = asks(a=(10, [0.0] * 4, takes(5)), b=(12, [1, 1], takes(5)))
+        order = {
+            fair: [row.split()[1][0] for row in log(run(made, cut(made, 1), fair=fair)).split(", ")] for fair in (True, False)
+        }
+        assert order == {True: [*"aabbaa"], False: [*"aaaabb"]}
+
+    @pytest.mark.parametrize(
+        ("greedy", "rows"),
+        [(False, "0-4 c1@50, 0-20 g1@50, 4-8 c1@50, 8-20 b1@50"), (True, "0-4 c1@50, 0-20 g1@50, 4-16 b1@50, 16-20 c1@50")],
+    )
+    def test_in_a_crowd_who_cannot_wait_for_the_next_end_counts_as_late(self, greedy, rows):
+        """At 4 c has to begin by 13, b by 19, and g ends at 20: beyond the bound b, which received nothing, goes first."""
+        made = asks(g=(99, [0], takes(20)), b=(30, [1], takes(12)), c=(16, [0, 1], takes(4)))
+        assert log(run(made, cut(made, 2, greedy=(greedy, False, False)))) == rows
+
+    def test_a_batch_that_is_not_full_waits_for_company(self):
+        """A tenth of 100 ms: the request at 0 begins at 10 with that of 3; four are full at 50; one alone at 110."""
+        made = asks(full=4, a=(100, [0, 3, 47, 48, 49, 50, 100], takes(2, most=8)))
+        assert log(run(made, cut(made, 2, wait_part=0.1))) == "10-12 a2@50, 50-52 a4@50, 110-112 a1@50"
+        assert log(run(made, cut(made, 2))).startswith("0-2 a1@50, 3-5 a1@50")
+
+    def test_an_empty_queue_is_an_idle_gpu(self):
+        made = asks(a=(50, [5, 100], takes(10)))
+        assert log(run(made, cut(made, 2))) == "5-15 a1@50, 100-110 a1@50"
+
+
+class TestHowMany:
+    """A batch of b takes 2 + b ms, so 8 are in time within 10 ms."""
+
+    def test_most_of_what_waits_is_launched_and_the_rest_beside_it(self):
+        made = asks(a=(10, [0.0] * 10, takes(2, 1, most=16)))
+        for drop in (True, False):
+            assert log(run(made, cut(made, 2), drop=drop)) == "0-10 a8@50, 0-4 a2@50"  # 8 of 10 are enough
+
+    def test_if_that_is_little_all_are_launched_unless_some_may_be_given_up(self):
+        """8 of 11 are less than four fifths. All came together: who gives up none, serves 8 in 10 ms."""
+        made = asks(a=(10, [0.0] * 11, takes(2, 1, most=16)))
+        assert log(run(made, cut(made, 2), drop=False)) == "0-13 a11@50"
+        assert log(run(made, cut(made, 2), drop=True)) == "0-10 a8@50, 0-5 a3@50"
+        assert log(run(made, cut(made, 1), drop=True)) == "0-10 a8@100; a gave up 3"
+
+    @pytest.mark.parametrize(
+        ("worth", "drop", "rows"),
+        [
+            (1.02, True, "12-18 a8@50; a gave up 12"),
+            (1.21, True, "12-16.5 a5@50, 16.5-22.5 a8@50; a gave up 7"),  # 1.33 a ms are not worth 1.21 · 1.11
+            (1.02, False, "12-24 a20@50"),
+        ],
+    )
+    def test_the_oldest_are_given_up_until_the_rest_is_served_fastest(self, worth, drop, rows):
+        """Both slots are taken until 12. Then 12 of a's requests have 4.5 ms left, and 8 have 14 ms.
+
+        A batch takes 2 ms and 0.5 ms a request. As long as one of the 12 is in it, 5 fit: 5 in 4.5 ms are 1.11 a ms.
+        Without them all 8 are in time: 8 in 6 ms are 1.33 a ms.
+        """
+        times = takes(2, 0.5, most=20)
+        made = asks(a=(16, [0.0] * 20 + [0.5] * 12 + [10.0] * 8, times), b=(200, [0.0] * 20, times))
+        trace = run(made, cut(made, 2, copies=1, worth=worth), drop=drop)
+        assert log(trace) == f"0-12 a20@50, 0-12 b20@50, {rows}"
+        given_up = trace.requests[trace.requests["outcome"] == "dropped"]
+        assert (given_up["arrival_ms"] == 0.5).all()  # the oldest
+
+    def test_whose_time_is_over_is_given_up_without_a_launch(self):
+        """At 10 b has 5 ms left, and a's request of 5 has 7: the GPU idles until that of 21 comes."""
+        made = asks(a=(12, [0, 5, 21], takes(10)), b=(15, [0], takes(10)))
+        assert log(run(made, cut(made, 1), drop=True)) == "0-10 a1@100, 21-31 a1@100; a gave up 1; b gave up 1"
+
+
+TICKS = st.lists(st.integers(0, 120), min_size=1, max_size=40).map(lambda ticks: [t / 2 for t in sorted(ticks)])
+SOME = st.lists(
+    st.tuples(st.integers(5, 60), TICKS, st.integers(1, 5), st.integers(0, 2), st.integers(1, 6)), min_size=1, max_size=3
+)
+
+
+class TestEveryRun:
+    @settings(max_examples=100, deadline=None)
+    @given(
+        some=SOME,
+        count=st.sampled_from([1, 2, 3, 4, 7]),
+        copies=st.integers(1, 4),
+        room=st.sampled_from([100.0, 60.0]),
+        drop=st.booleans(),
+        fair=st.booleans(),
+    )
+    def test_nothing_idles_while_somebody_waits_who_may_begin(self, some, count, copies, room, drop, fair):
+        """All are answered, nobody has more copies or the greedy more room than allowed, and none idles else."""
+        made = asks(**{f"s{i}": (slo, came, takes(ms, item, most)) for i, (slo, came, ms, item, most) in enumerate(some)})
+        room = max(room, 100 / count)
+        greedy = (room < 100,) + (False,) * (len(some) - 1)
+        trace = run(made, cut(made, count, copies, greedy=greedy, greedy_pct=room), drop=drop, fair=fair)
+        requests, launches = trace.requests, trace.launches
+        assert requests["outcome"].isin(["served", "dropped"] if drop else ["served"]).all()
+        gone_ms = requests["start_ms"].to_numpy()
+        starts, ends, who = (launches[c].to_numpy() for c in ("start_ms", "end_ms", "service"))
+        for now in np.unique([*starts, *ends]):
+            running = (starts <= now) & (now < ends)
+            assert running.sum() <= count
+            waits = (requests["outcome"] == "served") & (requests["arrival_ms"] <= now) & (gone_ms > now)
+            for i, service in enumerate(made.services):
+                mine = running[who == service.name].sum()
+                limit = min(copies, int(room * count / 100 + 1e-6)) if greedy[i] else copies
+                assert mine <= limit
+                if waits[requests["service"] == service.name].any() and running.sum() < count:
+                    assert mine == limit
+
+    @settings(max_examples=60, deadline=None)
+    @given(some=SOME, count=st.integers(1, 4), worth=st.sampled_from([1.02, 1.1, 2.0]))
+    def test_who_may_give_up_is_never_late(self, some, count, worth):
+        """What is launched is in time, where times are as expected."""
+        made = asks(**{f"s{i}": (slo, came, takes(ms, item, most)) for i, (slo, came, ms, item, most) in enumerate(some)})
+        requests = run(made, cut(made, count, worth=worth), drop=True).requests
+        slo_ms = requests["service"].map({s.name: s.slo_ms for s in made.services}).astype(float)
+        took = (requests["finish_ms"] - requests["arrival_ms"])[requests["outcome"] == "served"]
+        assert (took <= slo_ms[took.index]).all()
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        times=st.lists(st.integers(1, 30), min_size=1, max_size=6).map(sorted),
+        slack=st.lists(st.integers(-5, 40), min_size=1, max_size=12).map(sorted),
+        worth=st.sampled_from([1.0, 1.25]),
+    )
+    def test_giving_up_beside_brute_force(self, times, slack, worth):
+        """Until all that is left is in time. What is chosen is faster than giving up less, and not much slower than more."""
+        ways = {}
+        for lost in range(len(slack)):
+            rest = min(len(times), len(slack) - lost)
+            fits = [batch for batch in range(1, rest + 1) if times[batch - 1] <= slack[lost]]
+            if fits:
+                ways[lost] = (fits[-1], fits[-1] / times[fits[-1] - 1])
+                if fits[-1] == rest:
+                    break
+        lost, batch = give_up([0, *times], len(slack), 0, slack.__getitem__, worth)
+        if not ways:
+            assert (lost, batch) == (len(slack), 0)
+            return
+        assert batch == ways[lost][0]
+        for other, (_, per_ms) in ways.items():
+            if other < lost:
+                assert per_ms < ways[lost][1]
+            else:
+                assert per_ms <= worth * ways[lost][1] * (1 + 1e-9)
