@@ -29,7 +29,7 @@ WORKLOADS = {False: ("C-2", "C-3", "C-4", "C-7"), True: ("C-2", "C-4")}
 SEEDS = {False: (0, 1, 2), True: (0, 1)}
 #: Shortest and longest run [ms], and about how many requests at load 1: a faster GPU needs less time for as many.
 RUNS = {False: (2_000.0, 10_000.0, 60_000), True: (1_000.0, 4_000.0, 10_000)}
-SEARCH = {False: {"step": 0.1, "tolerance": 0.01}, True: {"step": 0.2, "tolerance": 0.03}}
+SEARCH = {False: {"step": 0.1, "tolerance": 0.0025}, True: {"step": 0.2, "tolerance": 0.03}}
 LOADS = (0.8, 0.95)
 
 

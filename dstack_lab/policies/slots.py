@@ -12,7 +12,7 @@ import pandas as pd
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, ServiceView, Wake
 from dstack_lab.policies.scoreboard import Scoreboard
 from dstack_lab.services import Allocation, Plan
-from dstack_lab.state import NS_PER_MS
+from dstack_lab.state import INFINITE, NS_PER_MS
 
 #: A batch is launched for its oldest request if it is at least this part of what waits; else some are better given up.
 ENOUGH = 0.8
@@ -91,6 +91,7 @@ class SlotKeeper:
     def __init__(self, plan: Plan, slots: Slots, drop: bool, fair: bool = True, copies: int | None = None) -> None:
         self.slots, self.drop, self.fair = slots, drop, fair
         self.copies = [n if copies is None else min(n, copies) for n in slots.copies]
+        self.crowded = any(slots.greedy)
         self.needs_pct = min(slots.gpu_pct) - EPSILON
         self.times: list[list[float]] = []  #: by service and batch, beside all others [ms]
         self.points: dict[str, Allocation] = {}  #: share of each service, and its largest batch of which two are in time
@@ -104,34 +105,37 @@ class SlotKeeper:
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Fill what is free; whoever comes first is waited for if it does not fit."""
-        now, received = state.now_ms, self.scores.received
+        now, received, times, copies = state.now_ms, self.scores.received, self.times, self.copies
         pressing = now
-        if any(self.slots.greedy):
+        if self.crowded:
             pressing = min([end for *_, end in state._running.values()], default=state.now_ns) / NS_PER_MS
         ready = []
         for view in state.services:
-            if view.ready and view.in_flight < self.copies[view.index]:
+            if view.ready and view.in_flight < copies[view.index]:
                 waits = view.queued(view.batch_max)
-                begin = view.oldest_deadline_ms - self.times[view.index][waits]
+                begin = view.oldest_deadline_ms - times[view.index][waits]
                 first = self.fair and begin < pressing
                 ready.append((not first, received[view.name] if first else begin, view.index, view, waits))
-        ready.sort()
+        if len(ready) > 1:
+            ready.sort()
         decisions: list[Decision] = []
-        free, again, left = state.free_pct + EPSILON, False, self._left(state)
+        free, again = state.free_pct + EPSILON, False
+        left = self._left(state) if self.crowded else INFINITE
         for _, _, index, view, waits in ready:
-            share, greedy = self.slots.gpu_pct[index], self.slots.greedy[index]
+            share = self.slots.gpu_pct[index]
             if share > free:
                 break
-            if greedy and share > left:
+            if share > left and self.slots.greedy[index]:
                 continue
             lost, batch = self._batch(view, waits, now)
             if lost:
                 decisions.append(Drop(view.name, lost))
             if batch:
-                self.scores.add(now, view.name, share * self.times[index][batch])
+                self.scores.add(now, view.name, share * times[index][batch])
                 decisions.append(Launch(view.name, share, batch, "planned"))
                 free -= share
-                left -= share if greedy else 0.0
+                if self.slots.greedy[index]:
+                    left -= share
                 again = again or batch < waits or waits == view.batch_max
         if again and free >= self.needs_pct:
             decisions.append(Wake(now))  # what is left of a queue may begin beside it
