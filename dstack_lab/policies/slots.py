@@ -113,7 +113,7 @@ class SlotKeeper:
         for view in state.services:
             if view.ready and view.in_flight < copies[view.index]:
                 waits = view.queued(view.batch_max)
-                begin = view.oldest_deadline_ms - times[view.index][waits]
+                begin = view.due_ms - times[view.index][waits]
                 first = self.fair and begin < pressing
                 ready.append((not first, received[view.name] if first else begin, view.index, view, waits))
         if len(ready) > 1:
@@ -152,7 +152,7 @@ class SlotKeeper:
     def _batch(self, view: ServiceView, waits: int, now: float) -> tuple[int, int]:
         """How many of the oldest requests to give up, and the batch to launch then: none if all are lost."""
         times = self.times[view.index]
-        batch = in_time(times, waits, view.oldest_deadline_ms - now)
+        batch = in_time(times, waits, view.due_ms - now)
         if batch >= ENOUGH * waits:
             return 0, batch
         return cut(times, view.waiting, now, view.deadline_ms, self.slots.worth) if self.drop else (0, waits)
