@@ -1,7 +1,8 @@
 """Simulated requests per second, beside SimPy and beside itself at other sizes.
 
 The toy: services with Poisson arrivals and deterministic service times share one GPU, loaded so that a
-batch holds about four requests. C-4: four networks at load 0.8 on a simulated H200, with batches of tens.
+batch holds few requests. C-4: four networks at load 0.8 on a simulated H200, with batches of tens. Then every
+workload of `lab.workload` at load 0.8 on two simulated GPUs, by policy and engine.
 An engine works by the batch, so requests per batch stand beside every figure. The SimPy version, one
 batch at a time, earliest deadline first, is written lean: arrivals are sampled arrays, a queue is a
 position in one, and its processes are the arrivals of each service and one server.
@@ -9,10 +10,10 @@ position in one, and its processes are the arrivals of each service and one serv
     python benchmarks/engine.py [--requests 400000] [--rounds 3] [--python-exponent 7]
 
 Prints the median over rounds; each round runs every contender once, in turn, so that a slow moment of
-the machine hits all of them. The compiled engine is timed at ten times as many requests; each of its
-runs follows one that is not timed, which compiles, and a virtual machine that hands out memory for
-the first time takes as long as the run. Runs of 10^5 to 10^7 show whether a request always costs the
-same. Needs SimPy: ``make bench`` installs it.
+the machine hits all of them. The compiled engine is timed at ten times as many requests. Each run
+follows one that is not timed: that compiles, `DStack` makes the plan that later runs of the same plan
+use (how long that takes stands beside it), and a virtual machine hands out memory for the first time.
+Runs of 10^5 to 10^7 show whether a request always costs the same. Needs SimPy: ``make bench`` installs it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 import dstack_lab as lab
 from dstack_lab.services import ServiceTable
 from dstack_lab.simulator import sample_arrivals
+from dstack_lab.workloads import WORKLOADS
 
 #: Service time of a batch of b on the whole GPU [ms], and GPU% beyond which it does not shrink.
 FIXED_MS, PER_REQUEST_MS, KNEE_PCT, BATCH_MAX = 0.4, 0.1, 45, 8
@@ -140,6 +142,32 @@ def contenders(requests: int) -> dict[str, Callable[[], tuple[int, int]]]:
     return runs
 
 
+def workload_speeds(requests: int) -> None:
+    """Print simulated requests per second on every workload and two GPUs, at load 0.8; compiled runs are ten times as long."""
+    columns = list(itertools.product((lab.Temporal(drop_late=True), lab.DStack(reject=True)), ("python", "compiled")))
+    print(
+        "\nMillions of requests/s at load 0.8      "
+        + "".join(f"{f'{p.name}, {e}':>20}" for p, e in columns)
+        + "  DStack's batch  plan [ms]"
+    )
+    slowest = dict.fromkeys(range(len(columns)), float("inf"))
+    for device, name in itertools.product(("v100", "h200"), WORKLOADS):
+        profile, shares = lab.load_profile(f"{device}-simulated"), lab.gpu_specs.SPECS[device].shares()
+        plan = lab.optimize(lab.workload(name, profile, load=0.8, shares=shares), profile, shares=shares)
+        cells, mean = [], 0.0
+        begin = time.process_time()
+        lab.cut_slots(plan)
+        planned_ms = 1000 * (time.process_time() - begin)
+        for k, (policy, engine) in enumerate(columns):
+            run = contender(plan, policy, requests * (10 if engine == "compiled" else 1), engine)
+            run()
+            speed, mean = rate_of(run)
+            slowest[k] = min(slowest[k], speed)
+            cells.append(f"{speed / 1e6:20.2f}")
+        print(f"{f'{name}, {device}-simulated':40}{''.join(cells)}{mean:16.1f}{planned_ms:11.0f}")
+    print(f"{'slowest':40}" + "".join(f"{speed / 1e6:20.2f}" for speed in slowest.values()))
+
+
 def flatness(longest: dict[str, int]) -> None:
     """Print what a request costs in runs of 10^5 to 10^n requests, relative to the shortest; four services."""
     for engine, policy in itertools.product(longest, (lab.Temporal(), lab.DStack())):
@@ -175,7 +203,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
-            if name.startswith("compiled"):
+            if not name.startswith("SimPy"):
                 run()
             found[name].append(rate_of(run))
     median = {name: statistics.median(r for r, _ in rows) for name, rows in found.items()}
@@ -186,6 +214,7 @@ def main() -> None:
     for engine, policy in itertools.product(("python", "compiled"), ("Temporal", "DStack")):
         few, many = (median[f"{engine}, {policy}, toy, {n} services"] for n in (4, 32))
         print(f"cost with 32 services / with 4, {engine}, {policy}: {few / many:.2f} (limit 3)")
+    workload_speeds(options.requests)
     flatness({"python": options.python_exponent, "compiled": 7})
     four, duration = make_plan(4, LOAD_RPS["Temporal"]), options.requests / LOAD_RPS["Temporal"] * 1000
     for engine, part in (("python", duration / 8), ("compiled", duration)):
