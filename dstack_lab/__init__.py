@@ -27,7 +27,7 @@ _HOMES = {
     "contention": ("Contention",),
     "policies": (
         *("Clipper", "DStack", "Gpulet", "Gslice", "Ideal", "MaxMin", "MaxThroughput", "Nexus", "Temporal", "Triton"),
-        *("AdaptiveDStack", "Drop", "Launch", "Policy", "Uncontrolled", "Wake", "plan_period", "cut_slots"),
+        *("AdaptiveDStack", "Drop", "Launch", "Policy", "Uncontrolled", "Wake", "plan_period", "cut_slots", "try_slots"),
     ),
     "simulator": ("simulate",),
     "ledger": ("PolicyError",),

@@ -19,6 +19,7 @@ def variants() -> dict[str, Policy]:
     """D-STACK and its variants, by what is different; all drop requests that they cannot serve in time."""
     return {
         WHOLE: DStack(reject=True),
+        "no fairness": DStack(fair=False, reject=True),
         "lanes of their own": DStack(pool=False, reject=True),
         "windows take turns": DStack(beside=False, reject=True),
         "no planned windows": DStack(planned=False, reject=True),

@@ -116,6 +116,12 @@ def late(profile: lab.Profile) -> go.Figure:
     return figures.timeline(lab.simulate(trio(profile), lab.DStack(opportunistic=False), 10_000, seed=1), end_ms=200)
 
 
+def slots(profile: lab.Profile) -> go.Figure:
+    """Trials of seven services in few and many slots."""
+    seven = lab.optimize(lab.workload("C-7", profile, load=0.6), profile)
+    return figures.slots(lab.try_slots(seven, drop=False), profile.provenance, lab.cut_slots(seven, drop=False).count)
+
+
 def ablation(profile: lab.Profile) -> go.Figure:
     """What each ingredient is worth."""
     services = lab.workload("C-3", profile, load=0.6)
@@ -197,7 +203,7 @@ PICTURES = (
     Picture(
         "period",
         "06",
-        "The plan that D-STACK repeats: a window is reserved for each launch so often that no request misses its SLO.",
+        "A plan of windows, after the paper: one is reserved for each launch so often that no request misses its SLO.",
         period,
     ),
     Picture(
@@ -206,6 +212,13 @@ PICTURES = (
         "The same plan served rigidly, without opportunistic launches: requests wait for their windows beside GPU% that is free. "
         "Hatched with a red edge: launches that hold late requests.",
         late,
+    ),
+    Picture(
+        "slots",
+        "06",
+        "Seven networks on one GPU that is cut into few slots or many, each of them open to all. In few, requests queue behind "
+        "each other; in many, each launch takes long.",
+        slots,
     ),
     Picture(
         "ablation",

@@ -197,6 +197,23 @@ def test_many_launches_become_a_raster_of_fixed_width(trace):
     assert len(made.to_json()) < 30_000
 
 
+def test_full_colour_is_the_most_that_a_service_holds_at_once(plan):
+    """Two launches of one service side by side hold twice the share of either, and look it."""
+
+    class Twice(lab.Policy):
+        def decide(self, state):
+            s = state["small"]
+            return [lab.Launch("small", 30, 1)] * min(2 - s.in_flight, s.waiting) if s.ready else []
+
+    run = lab.simulate(plan, Twice(), 2000, seed=1)
+    made = figures.timeline(run, 0, 2000, exact=10)
+    maps = [t for t in made.data if isinstance(t, go.Heatmap)]
+    most = max(float(m.z.max()) for m in maps)
+    assert 30 < most <= 60
+    assert [float(m.zmax) for m in maps] == pytest.approx([most] * len(maps))
+    assert f"full colour = {most:.3g} GPU%" in made.layout.title.subtitle.text
+
+
 def test_the_window_is_in_the_title_and_must_lie_in_the_run(trace):
     assert "first 500 of" in figures.timeline(trace).layout.title.text
     assert "100 to 300 of" in figures.timeline(trace, 100, 300).layout.title.text

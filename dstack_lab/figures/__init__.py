@@ -18,6 +18,7 @@ from dstack_lab.figures.plans import plan
 from dstack_lab.figures.progress import PANES, Progress, progress, replay
 from dstack_lab.figures.queues import waits
 from dstack_lab.figures.races import comparison
+from dstack_lab.figures.slot_trials import slots
 from dstack_lab.figures.space import place, raster
 from dstack_lab.figures.style import COLORS, CONFIG, cues, quiet_mode_bar
 from dstack_lab.figures.sweeps import gains, loads
@@ -47,6 +48,7 @@ __all__ = [
     "raster",
     "replay",
     "save",
+    "slots",
     "timeline",
     "waits",
 ]

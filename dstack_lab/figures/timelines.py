@@ -161,11 +161,11 @@ def _add_key(made: go.Figure, name: str, marker: dict[str, Any]) -> None:
 def _raster(trace: Trace, view: Window, launches: pd.DataFrame, title: str, origin: str, width: int) -> go.Figure:
     names = list(trace.services["service"])
     edges, held = raster(trace, view.start_ms, view.end_ms, COLUMNS)
-    most = float(launches["gpu_pct"].max())
+    most = float(held.max())  # a service may hold several launches at once
     slice_ms = float(edges[1] - edges[0])
     made = style.figure(
         title,
-        dense_words(origin, launches, slice_ms),
+        dense_words(origin, launches, slice_ms, most),
         width=width,
         height=210 + 46 * len(names),
         left=30 + 8 * max(len(str(n)) for n in names),
@@ -224,9 +224,8 @@ def strength(part: Any) -> Any:
     return np.sqrt(np.clip(part, 0, 1))
 
 
-def dense_words(origin: str, launches: pd.DataFrame, slice_ms: float) -> str:
-    """Subtitle of a raster: what a colour means."""
-    most = float(launches["gpu_pct"].max())
+def dense_words(origin: str, launches: pd.DataFrame, slice_ms: float, most: float) -> str:
+    """Subtitle of a raster: what a colour means; `most` is the GPU% of full colour."""
     return f"{origin}; {len(launches):,} launches as means over {slice_ms:.3g} ms, full colour = {most:.3g} GPU%"
 
 

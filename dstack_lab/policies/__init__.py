@@ -9,7 +9,7 @@ from dstack_lab.policies.greedy import MaxMin, MaxThroughput
 from dstack_lab.policies.gslice import Gslice
 from dstack_lab.policies.ideal import Ideal
 from dstack_lab.policies.nexus import Nexus
-from dstack_lab.policies.slot_plan import cut_slots
+from dstack_lab.policies.slot_plan import cut_slots, try_slots
 from dstack_lab.policies.temporal import Temporal
 from dstack_lab.policies.triton import Triton
 from dstack_lab.policies.uncontrolled import Uncontrolled
@@ -40,4 +40,5 @@ __all__ = [
     "Window",
     "cut_slots",
     "plan_period",
+    "try_slots",
 ]

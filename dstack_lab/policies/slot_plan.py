@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
+import pandas as pd
 
 from dstack_lab.contention import Contention, Load
 from dstack_lab.policies.fair_parts import demands, fair_parts
@@ -66,6 +67,35 @@ def cut_slots(plan: Plan, drop: bool = True, rates_rps: tuple[float, ...] | None
         beside = ", slowed down as they are beside each other" if plan.contention is not None else ""
         raise InfeasiblePlan(f"no slots hold these services{beside}: {asks}; lower a rate or relax an SLO")
     return found
+
+
+def try_slots(plan: Plan, drop: bool = True, wait_part: float = WAITS[0]) -> pd.DataFrame:
+    """Every number of slots on all of the draw that `cut_slots` makes its trials on, all else alike.
+
+    Parameters
+    ----------
+    plan : Plan
+    drop : bool
+        Whether requests that are lost are given up.
+    wait_part : float
+        Part of its SLO that the oldest request of an unfilled batch waits for company.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per number that the device's shares allow: ``slots``, ``gpu_pct`` of one [GPU%], ``late``, the part of
+        all requests that is late or given up, ``worst`` and ``worst_late``, the service that suffers most and that part
+        of its requests, and ``latency``, the mean of latency over SLO of those launched.
+    """
+    planner, rows = _Planner(plan, drop, None), {}
+    for count in range(1, MOST_SLOTS + 1):
+        if (cut := planner.slots(count, wait_part)) is None or cut.count in rows:
+            continue
+        late, latency = planner.late(cut, PARTS[-1])
+        most = max(range(len(late)), key=late.__getitem__)
+        part = planner.every(late)
+        rows[cut.count] = (cut.count, min(cut.gpu_pct), part, cut.services[most], late[most], latency)
+    return pd.DataFrame(rows.values(), columns=["slots", "gpu_pct", "late", "worst", "worst_late", "latency"])
 
 
 @lru_cache(maxsize=64)
@@ -177,5 +207,8 @@ class _Planner:
         late, latency = self.late(slots, part)
         modest = max([x for x, fair in zip(late, self.parts, strict=True) if fair == 1], default=0.0)
         greedy = max([x - (1 - fair) for x, fair in zip(late, self.parts, strict=True) if fair < 1], default=0.0)
-        every = sum(r * x for r, x in zip(self.rates, late, strict=True)) / max(sum(self.rates), EPSILON)
-        return WORST * modest + greedy + every + TIE * latency
+        return WORST * modest + greedy + self.every(late) + TIE * latency
+
+    def every(self, late: Sequence[float]) -> float:
+        """Late part of all requests."""
+        return sum(r * x for r, x in zip(self.rates, late, strict=True)) / max(sum(self.rates), EPSILON)
