@@ -31,14 +31,14 @@ class Keeps(lab.Policy):
         return self.keeper.decide(state)
 
 
-def cut(plan: lab.Plan, count: int, copies: int = 9, **changes) -> Slots:
+def cut(plan: lab.Plan, count: int, copies: int | tuple[int, ...] = 9, **changes) -> Slots:
     """Equal slots; any field may be given."""
     n = len(plan.services)
     fields = {
         "services": tuple(s.name for s in plan.services),
         "count": count,
         "gpu_pct": (100 / count,) * n,
-        "copies": (copies,) * n,
+        "copies": copies if isinstance(copies, tuple) else (copies,) * n,
         "greedy": (False,) * n,
         "greedy_pct": 100.0,
         "wait_part": 0.0,

@@ -107,8 +107,14 @@ def _cut(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None, wait_part:
     ways = [*{one.gpu_pct: one for one in ways}.values()]  # the same share once
     for part, field, values in zip(PARTS, ("greedy_pct", "wait_part", "worth"), (planner.rooms, waits, WORTHS), strict=True):
         tried = [replace(one, **{field: value}) for one in ways for value in values]  # type: ignore[arg-type]
+        tried = [one for one in tried if one.greedy_pct + EPSILON >= _widest_greedy(one)]  # who never begins is never answered
         ways = sorted(tried, key=lambda slots, part=part: planner.pain(slots, part))[:BEST]  # type: ignore[misc]
     return replace(ways[0], late=planner.late(ways[0], PARTS[-1])[0]) if ways else None
+
+
+def _widest_greedy(slots: Slots) -> float:
+    """GPU% of the widest launch of the greedy; 0 if nobody is."""
+    return max([pct for pct, greedy in zip(slots.gpu_pct, slots.greedy, strict=True) if greedy], default=0.0)
 
 
 class _Planner:
