@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from builders import plan
@@ -68,6 +70,24 @@ def log(trace: lab.Trace) -> str:
     launches = ", ".join(f"{start:.6g}-{end:.6g} {name}{batch}@{share:.4g}" for start, end, name, batch, share in rows)
     lost = trace.requests.loc[trace.requests["outcome"] == "dropped", "service"].value_counts()
     return launches + "".join(f"; {name} gave up {n}" for name, n in sorted(lost.items()) if n)
+
+
+def check_never_idle(trace: lab.Trace, count: int, copies: Sequence[int], wait_ms: float = 0.0) -> int:
+    """No slot is idle while somebody waits who may use it; return how many were taken at once, at most."""
+    requests, launches = trace.requests[trace.requests["outcome"] == "served"], trace.launches
+    starts, ends, who = (launches[c].to_numpy() for c in ("start_ms", "end_ms", "service"))
+    most = 0
+    for now in np.unique([*starts, *ends]):
+        running = (starts <= now) & (now < ends)
+        most = max(most, running.sum())
+        waits = requests[(requests["arrival_ms"] + wait_ms < now + 1e-6) & (requests["start_ms"] > now)]
+        for name, limit in zip(trace.services["service"], copies, strict=True):
+            mine = running[who == name].sum()
+            assert mine <= limit
+            if running.sum() < count and (waits["service"] == name).any():
+                assert mine == limit
+    assert most <= count
+    return most
 
 
 class TestWhere:
@@ -212,20 +232,8 @@ class TestEveryRun:
         room = max(room, 100 / count)
         greedy = (room < 100,) + (False,) * (len(some) - 1)
         trace = run(made, cut(made, count, copies, greedy=greedy, greedy_pct=room), drop=drop, fair=fair)
-        requests, launches = trace.requests, trace.launches
-        assert requests["outcome"].isin(["served", "dropped"] if drop else ["served"]).all()
-        gone_ms = requests["start_ms"].to_numpy()
-        starts, ends, who = (launches[c].to_numpy() for c in ("start_ms", "end_ms", "service"))
-        for now in np.unique([*starts, *ends]):
-            running = (starts <= now) & (now < ends)
-            assert running.sum() <= count
-            waits = (requests["outcome"] == "served") & (requests["arrival_ms"] <= now) & (gone_ms > now)
-            for i, service in enumerate(made.services):
-                mine = running[who == service.name].sum()
-                limit = min(copies, int(room * count / 100 + 1e-6)) if greedy[i] else copies
-                assert mine <= limit
-                if waits[requests["service"] == service.name].any() and running.sum() < count:
-                    assert mine == limit
+        assert trace.requests["outcome"].isin(["served", "dropped"] if drop else ["served"]).all()
+        check_never_idle(trace, count, [min(copies, int(room * count / 100 + 1e-6)) if g else copies for g in greedy])
 
     @settings(max_examples=60, deadline=None)
     @given(some=SOME, count=st.integers(1, 4), worth=st.sampled_from([1.02, 1.1, 2.0]))
