@@ -135,9 +135,13 @@ def _race(target: Target, record: Record, mechanism: str, name: str, load: float
         require(path.exists(), f"profile of {mechanism}", "none", "recorded by the step before, which failed")
         profile, chosen = load_profile(path), admitted(POLICIES[policy](), ADMISSION)
         plan = plan_for(services_of(name, profile, load), profile, "efficacy")
-        device: Device = target.device(mechanism, **({"oversubscribe": True} if chosen.oversubscribes else {}))
+        options: dict[str, Any] = {"oversubscribe": True} if chosen.oversubscribes else {}
+        if mechanism == "green" and chosen.copies(plan) > 1:  # any slot may come free: a graph for each
+            narrowest = min(share for shares in chosen.shares(plan).values() for share in shares)
+            options["places"] = max(2, int((100 + 1e-6) // narrowest))
+        device: Device = target.device(mechanism, **options)
         at_once = chosen.shares if getattr(device, "prepares_all", False) else chosen.first_shares
-        workers = sum(len(shares) for shares in at_once(plan).values())
+        workers = sum(len(shares) for shares in at_once(plan).values())  # of copies the fleet leaves out what is too many
         require(workers <= MOST_WORKERS, f"workers of {policy}", workers, f"at most {MOST_WORKERS}")
         drain_ms = 1000 * min(seconds, DRAIN_S)
         trace = run_for_real(plan, chosen, device, 1000 * seconds, SEED, drain_ms=drain_ms, start_timeout_s=START_S)
