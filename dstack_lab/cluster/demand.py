@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dstack_lab.bounds import granted_shares, service_tables
 from dstack_lab.constraints import fits, points
 from dstack_lab.optimizer import optimize
-from dstack_lab.policies.windows import plan_period
+from dstack_lab.policies.slot_plan import cut_slots
 from dstack_lab.profiles import Profile
 from dstack_lab.services import Plan, Service
 
@@ -57,16 +57,16 @@ def shares_for(profile: Profile, services: Sequence[Service], method: str) -> tu
 
 
 def plan_gpu(services: Sequence[Service], profile: Profile, method: str, objective: str) -> Plan:
-    """Choose operating points on one GPU for services of the rates that it shall serve, for D-STACK with a period plan.
+    """Choose operating points on one GPU for services of the rates that it shall serve, for D-STACK with slots that keep up.
 
     Raises
     ------
     InfeasiblePlan
-        If there are no operating points, or no period plan holds them.
+        If there are no operating points, or no slots hold them.
     """
     plan = optimize(services, profile, objective, shares_for(profile, services, method))
     if method == "dstack":
-        plan_period(plan)
+        cut_slots(plan, drop=False)
     return plan
 
 
