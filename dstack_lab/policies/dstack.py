@@ -31,12 +31,12 @@ class DStack(Policy):
 
     *Needs to know* service times and rates. *Wins* when knees lie well below 100 %: several networks
     run side by side at shares they can use. *Breaks* when one network fills the GPU, or when the
-    service times it was told are wrong: its windows then no longer fit.
+    service times or rates it was told are wrong: it then cuts the GPU, and batches, for what does not come.
 
     Parameters
     ----------
     planned, opportunistic, fair : bool
-        Switch an ingredient off, for ablations. Without `fair`, the earliest deadline goes first.
+        Switch an ingredient off, for ablations. Without `fair`, deadlines alone say who goes first.
     patience : float
         Without `pool`, part of its slack (SLO less service time) that the oldest request of an unfilled batch waits
         before the batch counts as ready for an opportunistic launch; 0 launches whatever waits.

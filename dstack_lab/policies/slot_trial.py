@@ -96,8 +96,9 @@ def late_in_slots(riders: Sequence[Rider], worth: float, drop: bool, greedy_pct:
                 if now < at < upcoming:
                     upcoming = at
         if upcoming == INFINITE:
-            never = [len(r.arrivals_ms) - head for r, head in zip(riders, heads, strict=True)]
-            return [n + left for n, left in zip(late, never, strict=True)], spent / max(served, 1)
+            for i in range(count):
+                late[i] += len(riders[i].arrivals_ms) - heads[i]  # never launched
+            return late, spent / max(served, 1)
         now = upcoming
         while running and running[0][0] <= now:
             _, i = heappop(running)
