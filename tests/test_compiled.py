@@ -275,8 +275,12 @@ def test_a_run_left_to_the_python_engine_says_so(times):
 @needs_numba
 def test_a_broken_rule_is_told_by_the_python_engine(one):
     """With a negative patience batches are ready before they have come."""
+    hasty = lab.DStack(pool=False)
+    hasty.patience = -0.1
     with pytest.raises(lab.PolicyError, match=r"DStack raised at .*a batch of 1 to 16") as caught:
-        lab.simulate(one, lab.DStack(patience=-0.1, pool=False), 100, engine="compiled")
+        lab.simulate(one, hasty, 100, engine="compiled")
+    with pytest.raises(ValueError, match="patience = -0.1: must be"):
+        lab.DStack(patience=-0.1)
     assert caught.value.trace.provenance.marks == (compiled.LEFT_TO_PYTHON,)
 
 

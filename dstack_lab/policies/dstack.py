@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dstack_lab.checks import non_negative
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, Policy, ServiceView, Wake
 from dstack_lab.policies.calendar import Booking, Calendar
 from dstack_lab.policies.fair_parts import fairly_reduced
@@ -48,6 +49,11 @@ class DStack(Policy):
         lane of its own where lanes hold the load (`lanes`).
     pool : bool
         Cut the GPU into slots for all. It takes `planned`, `opportunistic` and `beside`.
+
+    Raises
+    ------
+    ValueError
+        If `patience` is negative.
     """
 
     def __init__(
@@ -61,7 +67,8 @@ class DStack(Policy):
         pool: bool = True,
     ) -> None:
         self.planned, self.opportunistic, self.fair = planned, opportunistic, fair
-        self.patience, self.reject, self.beside, self.pool = patience, reject, beside, pool
+        self.patience = non_negative("patience", patience)
+        self.reject, self.beside, self.pool = reject, beside, pool
 
     def reset(self, plan: Plan) -> None:
         """Cut the GPU into slots or place the windows; that may lower shares or batches to make them fit."""

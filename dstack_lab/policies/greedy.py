@@ -5,6 +5,7 @@ from __future__ import annotations
 from dstack_lab.policies.base import Decision, GpuState, Launch, Policy, ServiceView
 from dstack_lab.policies.batching import drop_lost
 from dstack_lab.policies.scoreboard import Scoreboard
+from dstack_lab.policies.slots import EPSILON
 from dstack_lab.services import Plan
 
 #: Periods (of the longest SLO) that fairness remembers.
@@ -36,7 +37,7 @@ class MaxThroughput(Policy):
     def reset(self, plan: Plan) -> None:
         """Take the shares of the plan."""
         self.share = {a.service: a.gpu_pct for a in plan.allocations}
-        self.needs_pct = min(self.share.values())
+        self.needs_pct = min(self.share.values()) - EPSILON  # sums of shares such as 100/7 round
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Fill the GPU with the batches that fit, in order."""
@@ -44,7 +45,7 @@ class MaxThroughput(Policy):
             return lost
         ready = [s for s in state.services if s.ready and not s.in_flight]
         launches: list[Decision] = []
-        free = state.free_pct + 1e-6
+        free = state.free_pct + EPSILON
         for view in sorted(ready, key=self._order):
             share = self.share[view.name]
             if share <= free:
