@@ -279,7 +279,7 @@ def test_a_broken_rule_is_told_by_the_python_engine(one):
     hasty.patience = -0.1
     with pytest.raises(lab.PolicyError, match=r"DStack raised at .*a batch of 1 to 16") as caught:
         lab.simulate(one, hasty, 100, engine="compiled")
-    with pytest.raises(ValueError, match="patience = -0.1: must be"):
+    with pytest.raises(ValueError, match=r"patience = -0\.1: must be"):
         lab.DStack(patience=-0.1)
     assert caught.value.trace.provenance.marks == (compiled.LEFT_TO_PYTHON,)
 
