@@ -222,7 +222,7 @@ PICTURES = (
     ),
     Picture(
         "ablation",
-        "06",
+        "06, as a table; such figures in 07",
         "What leaving out one ingredient of D-STACK changes, with 95 % intervals; a hollow dot is a difference that "
         "these seeds do not show.",
         ablation,
