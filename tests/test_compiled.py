@@ -14,10 +14,12 @@ from builders import plan, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
+from test_slots import cut
 
 import dstack_lab as lab
 from dstack_lab import compiled, simulator
 from dstack_lab.policies import Policy
+from dstack_lab.policies.slots import Slots
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is optional")
 
@@ -114,10 +116,34 @@ def test_dstack_is_the_same_in_both_engines(plan, switches, patience, seed):
     assert_same(plan, lab.DStack(planned, opportunistic, fair, patience, reject, pool=False), 400, seed)
 
 
+@st.composite
+def cuts(draw, made: lab.Plan) -> Slots:
+    """Slots as no trial would choose them: unequal, crowded, with room or none for the greedy."""
+    count = draw(st.sampled_from([1, 2, 3, 4, 7]))
+    shares, copies, greedy = (
+        tuple(draw(kind) for _ in made.services)
+        for kind in (st.sampled_from([100 / count, 100 / count, 60.0, 100.0]), st.integers(1, 4), st.booleans())
+    )
+    room = draw(st.sampled_from([100.0, 50.0, 20.0, -10.0]))
+    chosen = {"wait_part": draw(st.sampled_from([0.0, 0.1, 0.3])), "worth": draw(st.sampled_from([1.02, 1.5]))}
+    slow = tuple(draw(st.sampled_from([1.0, 1.11])) for _ in made.services)
+    return cut(made, count, copies, gpu_pct=shares, greedy=greedy, greedy_pct=room, slowdown=slow, **chosen)
+
+
 @needs_numba
 @settings(max_examples=200, deadline=None)
+@given(data=st.data(), plan=plans(largest_rate=300), reject=st.booleans(), fair=st.booleans(), seed=st.integers(0, 1000))
+def test_slots_are_the_same_in_both_engines(data, plan, reject, fair, seed):
+    slots = data.draw(cuts(plan))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dstack_lab.policies.dstack.cut_slots", lambda plan, drop: slots)
+        assert_same(plan, lab.DStack(reject=reject, fair=fair), 400, seed)
+
+
+@needs_numba
+@settings(max_examples=15, deadline=None)
 @given(plan=plans(largest_rate=300), reject=st.booleans(), fair=st.booleans(), seed=st.integers(0, 1000))
-def test_slots_are_the_same_in_both_engines(plan, reject, fair, seed):
+def test_slots_that_a_trial_chose_are_the_same_in_both_engines(plan, reject, fair, seed):
     assert_same(plan, lab.DStack(reject=reject, fair=fair), 400, seed)
 
 
