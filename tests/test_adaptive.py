@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dstack_lab as lab
-from dstack_lab.policies import AdaptiveDStack
+from dstack_lab.policies import AdaptiveDStack, slot_plan
 from dstack_lab.policies.windows import EPSILON, plan_period
 
 SHARES = tuple(5.0 * k for k in range(1, 21))
@@ -101,7 +101,7 @@ SERVICES = st.lists(st.tuples(st.sampled_from([5, 20, 100 / 3, 400]), STEPS, st.
 COSTS = st.sampled_from([None, lab.Contention(slowdown=0.02), lab.Contention(slowdown=0.3)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     asked=SERVICES,
     shares=st.sampled_from([SHARES, (25.0, 50.0, 100.0), (100.0,), tuple(100 / 16.5 * k for k in range(1, 17))]),
@@ -112,14 +112,16 @@ COSTS = st.sampled_from([None, lab.Contention(slowdown=0.02), lab.Contention(slo
     seed=st.integers(0, 99),
 )
 def test_whatever_comes_all_are_answered_and_shares_fit(asked, shares, told, true, switch_ms, options, seed):
-    """Lanes, shared lanes and windows take over from each other as rates step, and as launches prove to cost each other."""
+    """Slots and windows take over from each other as rates step, and as launches prove to cost each other."""
     points = []
     for i, (slo_ms, rates, batch) in enumerate(asked):
         steps = lab.Steps(tuple((170 * k, rate) for k, rate in enumerate(rates)))
         points.append((f"s{i}", slo_ms, steps, shares[len(shares) // 3], batch, table(0.5, 0.2, 40, batch_max=4)))
     try:
-        policy = AdaptiveDStack(memory=3, switch_ms=switch_ms, **options)
-        trace = lab.simulate(replace(plan(*points, shares=shares), contention=told), policy, 700, seed, contention=true)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(slot_plan, "IN_ALL", 600)  # plans are made from draws about as long as the run
+            policy = AdaptiveDStack(memory=3, switch_ms=switch_ms, **options)
+            trace = lab.simulate(replace(plan(*points, shares=shares), contention=told), policy, 700, seed, contention=true)
     except lab.InfeasiblePlan:
         return  # said before the run, and only then
     assert trace.requests["outcome"].isin(["served", "dropped"]).all()

@@ -14,7 +14,7 @@ from builders import plan, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
-from test_slots import cut
+from slot_builders import cut
 
 import dstack_lab as lab
 from dstack_lab import compiled, simulator

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import plan, table
-from test_slots import check_never_idle, takes
+from slot_builders import check_never_idle, takes
 
 import dstack_lab as lab
 from dstack_lab.policies import slot_plan

@@ -7,7 +7,7 @@ import pytest
 from builders import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_slots import Keeps, cut, takes
+from slot_builders import Keeps, cut, takes
 
 import dstack_lab as lab
 from dstack_lab.policies.slot_plan import _Planner
@@ -40,6 +40,10 @@ class TestByHand:
         assert late_in_slots([crowd], 1.02, drop=True)[0] == [1]  # 0 to 4, one given up, 4 to 8
         halves = crowd._replace(gpu_pct=50.0)
         assert late_in_slots([halves], 1.02, drop=False)[0] == [0]  # two slots
+
+    def test_who_has_to_begin_now_is_not_late_yet(self):
+        """At 10 x has to begin, y should have by 5: y until 15, then x until 20, due at 15."""
+        assert late_in_slots([rider([3.0], 12, 5), rider([0.0] * 3, 10, 5)], 1.02, drop=False)[0] == [1, 1]
 
     def test_nothing_asked_is_nothing_late(self):
         assert late_in_slots([rider([], 5, 4)], 1.02, drop=True) == ([0], 0.0)

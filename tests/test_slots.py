@@ -1,63 +1,16 @@
-"""Slots at run time: each rule of `SlotKeeper` as a log small enough to check by hand, and what holds for every run."""
+"""Slots at run time: each rule of `SlotKeeper` as a log small enough to check by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import pytest
-from builders import plan
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from slot_builders import Keeps, asks, cut, takes
 
 import dstack_lab as lab
-from dstack_lab.policies.slots import SlotKeeper, Slots
-from dstack_lab.policies.slots import cut as give_up
-from dstack_lab.services import ServiceTable
+from dstack_lab.policies.slots import Slots
 
-
-class Keeps(lab.Policy):
-    """Follows slots as they are given."""
-
-    def __init__(self, slots: Slots, drop: bool = False, fair: bool = True, copies: int | None = None) -> None:
-        self.slots, self.drop, self.fair, self.most = slots, drop, fair, copies
-
-    def reset(self, plan):
-        self.keeper = SlotKeeper(plan, self.slots, self.drop, self.fair, self.most)
-        self.needs_pct = self.keeper.needs_pct
-
-    def wait_ms(self, allocation, slo_ms):
-        return self.slots.wait_part * slo_ms
-
-    def decide(self, state):
-        return self.keeper.decide(state)
-
-
-def cut(plan: lab.Plan, count: int, copies: int | tuple[int, ...] = 9, **changes) -> Slots:
-    """Equal slots; any field may be given."""
-    n = len(plan.services)
-    fields = {
-        "services": tuple(s.name for s in plan.services),
-        "count": count,
-        "gpu_pct": (100 / count,) * n,
-        "copies": copies if isinstance(copies, tuple) else (copies,) * n,
-        "greedy": (False,) * n,
-        "greedy_pct": 100.0,
-        "wait_part": 0.0,
-        "worth": 1.02,
-        "slowdown": (1.0,) * n,
-    }
-    return Slots(**{**fields, **changes})
-
-
-def takes(fixed: float, per_item: float = 0.0, most: int = 1) -> ServiceTable:
-    """Takes fixed + batch · per_item [ms], whatever the share; batches of 1 to `most`."""
-    return ServiceTable(np.repeat((fixed + per_item * np.arange(1, most + 1))[:, None], 100, axis=1))
-
-
-def asks(full: int = 1, **services: tuple[float, list[float], ServiceTable]) -> lab.Plan:
-    """Plan from name=(SLO, arrivals, service times); a batch is full with `full` requests."""
-    return plan(*[(name, slo, lab.Replay(came), 25.0, full, times) for name, (slo, came, times) in services.items()])
+#: Of b and c only.
+CALM = ["0-4 c1@33.33", "4-8 c1@33.33", "8-20 b1@33.33"]
+CROWDED = ["0-4 c1@33.33", "4-16 b1@33.33", "16-20 c1@33.33"]
 
 
 def run(made: lab.Plan, slots: Slots, **how) -> lab.Trace:
@@ -70,24 +23,6 @@ def log(trace: lab.Trace) -> str:
     launches = ", ".join(f"{start:.6g}-{end:.6g} {name}{batch}@{share:.4g}" for start, end, name, batch, share in rows)
     lost = trace.requests.loc[trace.requests["outcome"] == "dropped", "service"].value_counts()
     return launches + "".join(f"; {name} gave up {n}" for name, n in sorted(lost.items()) if n)
-
-
-def check_never_idle(trace: lab.Trace, count: int, copies: Sequence[int], wait_ms: float = 0.0) -> int:
-    """No slot is idle while somebody waits who may use it; return how many were taken at once, at most."""
-    requests, launches = trace.requests[trace.requests["outcome"] == "served"], trace.launches
-    starts, ends, who = (launches[c].to_numpy() for c in ("start_ms", "end_ms", "service"))
-    most = 0
-    for now in np.unique([*starts, *ends]):
-        running = (starts <= now) & (now < ends)
-        most = max(most, running.sum())
-        waits = requests[(requests["arrival_ms"] + wait_ms < now + 1e-6) & (requests["start_ms"] > now)]
-        for name, limit in zip(trace.services["service"], copies, strict=True):
-            mine = running[who == name].sum()
-            assert mine <= limit
-            if running.sum() < count and (waits["service"] == name).any():
-                assert mine == limit
-    assert most <= count
-    return most
 
 
 class TestWhere:
@@ -148,14 +83,33 @@ class TestWhen:
         }
         assert order == {True: [*"aabbaa"], False: [*"aaaabb"]}
 
-    @pytest.mark.parametrize(
-        ("greedy", "rows"),
-        [(False, "0-4 c1@50, 0-20 g1@50, 4-8 c1@50, 8-20 b1@50"), (True, "0-4 c1@50, 0-20 g1@50, 4-16 b1@50, 16-20 c1@50")],
-    )
-    def test_in_a_crowd_who_cannot_wait_for_the_next_end_counts_as_late(self, greedy, rows):
-        """At 4 c has to begin by 13, b by 19, and g ends at 20: beyond the bound b, which received nothing, goes first."""
-        made = asks(g=(99, [0], takes(20)), b=(30, [1], takes(12)), c=(16, [0, 1], takes(4)))
-        assert log(run(made, cut(made, 2, greedy=(greedy, False, False)))) == rows
+    @pytest.mark.parametrize(("at", "order"), [(170, "azba"), (220, "azab")])
+    def test_what_was_received_is_forgotten_after_ten_periods(self, at, order):
+        """Periods are 20 ms. a received 500 GPU%·ms at 0; 40 ms after `at` both should have begun, and of equals a is first."""
+        made = asks(a=(20, [0, at + 1], takes(5)), b=(20, [at + 1], takes(5)), z=(20, [at], takes(40)))
+        trace = run(made, cut(made, 1))
+        assert [*trace.launches["service"]] == [*order]
+
+    def test_what_is_received_is_share_times_time(self):
+        """At 15 both should have begun. a has received 25 % for 10 ms, b 100 % for 5."""
+        made = asks(a=(12, [5, 6], takes(10)), b=(12, [0, 6], takes(5)))
+        found = log(run(made, cut(made, 4, copies=1, gpu_pct=(25.0, 100.0))))
+        assert found == "0-5 b1@100, 5-15 a1@25, 15-25 a1@25, 25-30 b1@100"
+
+    def test_who_has_to_begin_now_is_not_late_yet(self):
+        """At 10 x has to begin, and y should have by 5: y goes first, though x received nothing."""
+        made = asks(x=(12, [3], takes(5)), y=(10, [0.0] * 3, takes(5)))
+        assert log(run(made, cut(made, 1))) == "0-5 y1@100, 5-10 y1@100, 10-15 y1@100, 15-20 x1@100"
+
+    @pytest.mark.parametrize(("greedy", "h_ms", "rows"), [(False, 30, CALM), (True, 30, CROWDED), (True, 12, CALM)])
+    def test_in_a_crowd_who_cannot_wait_for_the_next_end_counts_as_late(self, greedy, h_ms, rows):
+        """At 4 c has to begin by 13, b by 19; a slot is free, the next one at 20 or, after h, at 12.
+
+        Beyond the bound neither can wait for 20, and b, which received nothing, goes first.
+        """
+        made = asks(g=(99, [0], takes(20)), b=(30, [1], takes(12)), c=(16, [0, 1], takes(4)), h=(99, [0], takes(h_ms)))
+        trace = run(made, cut(made, 3, greedy=(greedy, False, False, False)))
+        assert [row for row in log(trace).split(", ") if row.split()[1][0] in "bc"] == rows
 
     def test_a_batch_that_is_not_full_waits_for_company(self):
         """A tenth of 100 ms: the request at 0 begins at 10 with that of 3; four are full at 50; one alone at 110."""
@@ -208,66 +162,3 @@ class TestHowMany:
         """At 10 b has 5 ms left, and a's request of 5 has 7: the GPU idles until that of 21 comes."""
         made = asks(a=(12, [0, 5, 21], takes(10)), b=(15, [0], takes(10)))
         assert log(run(made, cut(made, 1), drop=True)) == "0-10 a1@100, 21-31 a1@100; a gave up 1; b gave up 1"
-
-
-TICKS = st.lists(st.integers(0, 120), min_size=1, max_size=40).map(lambda ticks: [t / 2 for t in sorted(ticks)])
-SOME = st.lists(
-    st.tuples(st.integers(5, 60), TICKS, st.integers(1, 5), st.integers(0, 2), st.integers(1, 6)), min_size=1, max_size=3
-)
-
-
-class TestEveryRun:
-    @settings(max_examples=100, deadline=None)
-    @given(
-        some=SOME,
-        count=st.sampled_from([1, 2, 3, 4, 7]),
-        copies=st.integers(1, 4),
-        room=st.sampled_from([100.0, 60.0]),
-        drop=st.booleans(),
-        fair=st.booleans(),
-    )
-    def test_nothing_idles_while_somebody_waits_who_may_begin(self, some, count, copies, room, drop, fair):
-        """All are answered, nobody has more copies or the greedy more room than allowed, and none idles else."""
-        made = asks(**{f"s{i}": (slo, came, takes(ms, item, most)) for i, (slo, came, ms, item, most) in enumerate(some)})
-        room = max(room, 100 / count)
-        greedy = (room < 100,) + (False,) * (len(some) - 1)
-        trace = run(made, cut(made, count, copies, greedy=greedy, greedy_pct=room), drop=drop, fair=fair)
-        assert trace.requests["outcome"].isin(["served", "dropped"] if drop else ["served"]).all()
-        check_never_idle(trace, count, [min(copies, int(room * count / 100 + 1e-6)) if g else copies for g in greedy])
-
-    @settings(max_examples=60, deadline=None)
-    @given(some=SOME, count=st.integers(1, 4), worth=st.sampled_from([1.02, 1.1, 2.0]))
-    def test_who_may_give_up_is_never_late(self, some, count, worth):
-        """What is launched is in time, where times are as expected."""
-        made = asks(**{f"s{i}": (slo, came, takes(ms, item, most)) for i, (slo, came, ms, item, most) in enumerate(some)})
-        requests = run(made, cut(made, count, worth=worth), drop=True).requests
-        slo_ms = requests["service"].map({s.name: s.slo_ms for s in made.services}).astype(float)
-        took = (requests["finish_ms"] - requests["arrival_ms"])[requests["outcome"] == "served"]
-        assert (took <= slo_ms[took.index]).all()
-
-    @settings(max_examples=200, deadline=None)
-    @given(
-        times=st.lists(st.integers(1, 30), min_size=1, max_size=6).map(sorted),
-        slack=st.lists(st.integers(-5, 40), min_size=1, max_size=12).map(sorted),
-        worth=st.sampled_from([1.0, 1.25]),
-    )
-    def test_giving_up_beside_brute_force(self, times, slack, worth):
-        """Until all that is left is in time. What is chosen is faster than giving up less, and not much slower than more."""
-        ways = {}
-        for lost in range(len(slack)):
-            rest = min(len(times), len(slack) - lost)
-            fits = [batch for batch in range(1, rest + 1) if times[batch - 1] <= slack[lost]]
-            if fits:
-                ways[lost] = (fits[-1], fits[-1] / times[fits[-1] - 1])
-                if fits[-1] == rest:
-                    break
-        lost, batch = give_up([0, *times], len(slack), 0, slack.__getitem__, worth)
-        if not ways:
-            assert (lost, batch) == (len(slack), 0)
-            return
-        assert batch == ways[lost][0]
-        for other, (_, per_ms) in ways.items():
-            if other < lost:
-                assert per_ms < ways[lost][1]
-            else:
-                assert per_ms <= worth * ways[lost][1] * (1 + 1e-9)

@@ -9,7 +9,7 @@ import pytest
 from builders import plan, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_slots import takes
+from slot_builders import takes
 
 import dstack_lab as lab
 from dstack_lab.contention import Contention
@@ -49,7 +49,11 @@ class TestSlowdown:
     def test_of_the_batch_that_two_in_a_row_are_in_time_with(self):
         """4 ms and 2 more a request, SLO 32: 6 are in time twice, 16 ms; the other takes 1 ms."""
         points = [("large", 32, lab.Poisson(50), 50.0, 1, takes(4, 2, 16)), ("small", 32, lab.Poisson(50), 50.0, 1, takes(1))]
-        large, small = _Planner(knowing(plan(*points, shares=SHARES)), True, None).slots(2, 0.0).slowdown
+        made = knowing(plan(*points, shares=SHARES))
+        slots = _Planner(made, True, None).slots(2, 0.0)
+        large, small = slots.slowdown
+        point = SlotKeeper(made, slots, drop=True).points["large"]
+        assert (point.gpu_pct, point.batch) == (50, 5)  # 6 take 17.6 ms beside another, 5 take 15.4
         assert (large, small) == (pytest.approx(1 + 0.096, abs=0.005), pytest.approx(1 + 0.096 * 16**0.1, abs=0.005))
 
     def test_it_is_what_the_run_and_the_trial_expect(self, both):
