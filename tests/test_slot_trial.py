@@ -45,6 +45,10 @@ class TestByHand:
         """At 10 x has to begin, y should have by 5: y until 15, then x until 20, due at 15."""
         assert late_in_slots([rider([3.0], 12, 5), rider([0.0] * 3, 10, 5)], 1.02, drop=False)[0] == [1, 1]
 
+    def test_sums_that_round_are_not_late(self):
+        """Three times 0.1 ms is more than 0.3 by a hair."""
+        assert late_in_slots([rider([0.0] * 3, 0.3, 0.1)], 1.02, drop=False)[0] == [0]
+
     def test_nothing_asked_is_nothing_late(self):
         assert late_in_slots([rider([], 5, 4)], 1.02, drop=True) == ([0], 0.0)
 
