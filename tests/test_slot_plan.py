@@ -110,6 +110,12 @@ class TestChoice:
     def test_a_wait_may_be_given(self, wait_part):
         assert cut_slots(asks((40, 300, table(2, 1, 40))), wait_part=wait_part).wait_part == wait_part
 
+    def test_engines_are_told_how_long_to_wait(self, monkeypatch):
+        monkeypatch.setattr(slot_plan, "WAITS", (0.2,))
+        made, policy = asks((40, 300, table(2, 1, 40))), lab.DStack()
+        policy.reset(made)
+        assert policy.wait_ms(made.allocations[0], 40) == 0.2 * 40
+
     def test_what_it_says_of_its_trial(self):
         made = asks((40, 600, table(2, 1, 80)), (60, 300, table(3, 1, 60)))
         slots = cut_slots(made)
@@ -125,6 +131,13 @@ class TestEdges:
         words = r"no slots hold these services: s0 at 2000/s within 50 ms, s1 at 1500/s within 40 ms; lower a rate"
         with pytest.raises(lab.InfeasiblePlan, match=words):
             cut_slots(asks((50, 2000, table(1, 0.5, 80)), (40, 1500, table(1, 0.5, 80))), drop=False)
+
+    def test_a_plan_of_which_a_third_is_late_is_none(self):
+        """At 2140/s nobody is late in the trial, at 2200/s 35 %, though the bound still holds."""
+        within, beyond = (asks((40, rate, table(1, 0.5, 80))) for rate in (2140, 2200))
+        assert cut_slots(within, drop=False).late == (0,)
+        with pytest.raises(lab.InfeasiblePlan, match="s0 at 2200/s"):
+            cut_slots(beyond, drop=False)
 
     def test_an_slo_that_no_share_meets_has_no_plan_either_way(self):
         for drop in (True, False):
