@@ -138,8 +138,8 @@ def place(
         A service whose model a GPU's profile lacks, or whose SLO is too short for it, is placed elsewhere.
     cluster : Cluster
     method : {"dstack", "temporal", "exclusive"}
-        For whom a GPU's services must be schedulable. ``dstack``: at any shares, such that a period plan holds their
-        windows. ``temporal``: at the whole GPU, one launch at a time, such that batches that keep every deadline
+        For whom a GPU's services must be schedulable. ``dstack``: at any shares, such that slots keep up with
+        them (`cut_slots`). ``temporal``: at the whole GPU, one launch at a time, such that batches that keep every deadline
         exist. ``exclusive``: one service per GPU, at the whole of it.
     objective : {"efficacy", "capacity"}
         What the operating points of each GPU's plan are chosen for, as in `optimize`.
@@ -259,7 +259,7 @@ def _too_much(services: Sequence[Service], cluster: Cluster, search: Search, cos
         held.append(f"{name} {_pct(sum(c for _, _, c in inside))} ({each})")
     text += f"; the most even placement tried needs {'; '.join(held)}"
     if search.refused:
-        why = {"dstack": "no period plan holds that", "temporal": "one launch at a time would miss deadlines"}
+        why = {"dstack": "no slots keep up with that", "temporal": "one launch at a time would miss deadlines"}
         text += f"; {why.get(method, 'no operating points keep that')}"
     return f"{text}: add a GPU, lower a rate or relax an SLO"
 

@@ -14,7 +14,7 @@ from dstack_lab.cluster.gpus import Cluster
 from dstack_lab.cluster.packing import FULL, Packing, Row
 from dstack_lab.services import InfeasiblePlan, Plan, Service
 
-#: How often the search goes on around GPUs whose services have no period plan: too slow to be asked at every step.
+#: How often the search goes on around GPUs whose services no slots hold: too slow to be asked at every step.
 ROUNDS = 10
 
 

@@ -134,8 +134,8 @@ def _judged(parts: Mapping[str, Mapping[str, float]], services: Sequence[Service
             plan_gpu(mine, profile, "dstack", "efficacy")
         except InfeasiblePlan:
             return wrong(
-                f"{gpu} needs {demand[gpu]:.0f} GPU% on average, which fits, but no period plan holds the windows of "
-                f"{', '.join(s.name for s in mine)} with their SLOs. Relieve it, or pair services with other SLOs."
+                f"{gpu} needs {demand[gpu]:.0f} GPU% on average, which fits, but in no slots are requests of "
+                f"{', '.join(s.name for s in mine)} in time. Relieve it, or pair services with other SLOs."
             )
     busiest = max(demand, key=demand.__getitem__)
     if demand[busiest] > most_pct:
