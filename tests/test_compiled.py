@@ -117,8 +117,9 @@ def test_dstack_is_the_same_in_both_engines(plan, switches, patience, seed):
 
 
 @st.composite
-def cuts(draw, made: lab.Plan) -> Slots:
-    """Slots as no trial would choose them: unequal, crowded, with room or none for the greedy."""
+def cuts(draw) -> tuple[lab.Plan, Slots]:
+    """A plan, and slots as no trial would choose them: unequal, crowded, with room or none for the greedy."""
+    made = draw(plans(largest_rate=300))
     count = draw(st.sampled_from([1, 2, 3, 4, 7]))
     shares, copies, greedy = (
         tuple(draw(kind) for _ in made.services)
@@ -127,14 +128,14 @@ def cuts(draw, made: lab.Plan) -> Slots:
     room = draw(st.sampled_from([100.0, 50.0, 20.0, -10.0]))
     chosen = {"wait_part": draw(st.sampled_from([0.0, 0.1, 0.3])), "worth": draw(st.sampled_from([1.02, 1.5]))}
     slow = tuple(draw(st.sampled_from([1.0, 1.11])) for _ in made.services)
-    return cut(made, count, copies, gpu_pct=shares, greedy=greedy, greedy_pct=room, slowdown=slow, **chosen)
+    return made, cut(made, count, copies, gpu_pct=shares, greedy=greedy, greedy_pct=room, slowdown=slow, **chosen)
 
 
 @needs_numba
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), plan=plans(largest_rate=300), reject=st.booleans(), fair=st.booleans(), seed=st.integers(0, 1000))
-def test_slots_are_the_same_in_both_engines(data, plan, reject, fair, seed):
-    slots = data.draw(cuts(plan))
+@given(case=cuts(), reject=st.booleans(), fair=st.booleans(), seed=st.integers(0, 1000))
+def test_slots_are_the_same_in_both_engines(case, reject, fair, seed):
+    plan, slots = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dstack_lab.policies.dstack.cut_slots", lambda plan, drop: slots)
         assert_same(plan, lab.DStack(reject=reject, fair=fair), 400, seed)
