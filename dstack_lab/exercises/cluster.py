@@ -50,7 +50,7 @@ def check_fewest_gpus(answer: object, services: Sequence[Service], method: str, 
     }
     if given is not None and given != truth:
         mistakes += [Mistake(fewest(how), hint) for how, hint in words.items() if how != method]
-    why = f"{truth - 1} are too few for {method} placement, {truth} hold all; the bound asks for {load:.2f}."
+    why = f"By {method} placement {truth} hold all and {truth - 1} cannot; the bound asks for {load:.2f}."
     hint = "Try lab.place with 1, 2, 3, ... GPUs: it raises lab.InfeasiblePlan while there are too few."
     return graded(answer, truth, "", why, mistakes, hint, rel=1e-9)
 
