@@ -207,9 +207,10 @@ def test_the_driver_s_layout_and_the_cost_of_contexts_are_told(machine):
 def test_a_tensor_is_read_by_a_child_without_a_copy(monkeypatch):
     """The same calls on memory of this machine."""
     monkeypatch.setattr(silicon, "torch_with_cuda", lambda: real)
+    before = set(multiprocessing.active_children())  # workers that another test left behind
     found = silicon.ipc("cpu")
     assert (found["sum"], found["right"], found["shared"]) == (499500.0, True, True)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 class Recorded:

@@ -132,7 +132,7 @@ class _Planner:
         self.parts = fair_parts(asked, 100.0)
         modest = sum(pct for pct, part in zip(asked, self.parts, strict=True) if part == 1)
         #: GPU% that the greedy may hold: all of it, or what several times the demand of the others leaves.
-        self.rooms = [100 - times * modest for times in (ROOMS if min(self.parts) < 1 else ROOMS[:1])]
+        self.rooms = [*dict.fromkeys(100 - times * modest for times in (ROOMS if min(self.parts) < 1 else ROOMS[:1]))]
 
     @cached_property
     def span_ms(self) -> float:
