@@ -71,7 +71,7 @@ class AdaptiveDStack(DStack):
         self.contention = told  #: what it believes launches cost each other
         self.factors: dict[str, float] = {}  #: what it believes a launch alone takes, over what it was told
         self.watch = SlownessWatch(told.exponent)
-        self.needs_pct = plan.shares[0] - EPSILON  # engines ask once: later lanes may be narrower than the first ones
+        self.needs_pct = plan.shares[0] - EPSILON  # engines ask once: later slots may be narrower than the first ones
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Review the rates at a period's end, then schedule as D-STACK does."""

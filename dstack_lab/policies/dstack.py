@@ -90,8 +90,7 @@ class DStack(Policy):
 
     def _keep(self, keeper: SlotKeeper) -> None:
         """Follow slots."""
-        self.keeper = keeper
-        self.point, self.needs_pct = keeper.points, keeper.needs_pct
+        self.keeper, self.needs_pct = keeper, keeper.needs_pct
 
     def _adopt(self, plan: Plan, period: PeriodPlan, now: float) -> None:
         """Follow the windows of `period` from `now` on."""

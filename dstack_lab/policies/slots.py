@@ -11,7 +11,7 @@ import pandas as pd
 
 from dstack_lab.policies.base import Decision, Drop, GpuState, Launch, ServiceView, Wake
 from dstack_lab.policies.scoreboard import Scoreboard
-from dstack_lab.services import Allocation, Plan
+from dstack_lab.services import Plan
 from dstack_lab.state import INFINITE, NS_PER_MS
 
 #: A batch is launched for its oldest request if it is at least this part of what waits; else some are better given up.
@@ -93,15 +93,10 @@ class SlotKeeper:
         self.copies = [n if copies is None else min(n, copies) for n in slots.copies]
         self.crowded = any(slots.greedy)
         self.needs_pct = min(slots.gpu_pct) - EPSILON
-        self.times: list[list[float]] = []  #: by service and batch, beside all others [ms]
-        self.points: dict[str, Allocation] = {}  #: share of each service, and its largest batch of which two are in time
-        rows = zip(plan.services, plan.tables, plan.allocations, slots.gpu_pct, slots.slowdown, strict=True)
-        for service, table, planned, share, slow in rows:
-            times = rising([slow * table.at(b, share) for b in range(1, table.batch_max + 1)])
-            batch = max(1, in_time(times, table.batch_max, service.slo_ms / 2))
-            self.times.append(times)
-            self.points[service.name] = Allocation(service.name, share, batch, times[batch], planned.rate_rps)
-        self.scores = Scoreboard(self.points, max(s.slo_ms for s in plan.services), MEMORY)
+        columns = zip(plan.tables, slots.gpu_pct, slots.slowdown, strict=True)
+        #: By service and batch, beside all others [ms].
+        self.times = [rising([slow * t.at(b, share) for b in range(1, t.batch_max + 1)]) for t, share, slow in columns]
+        self.scores = Scoreboard(slots.services, max(s.slo_ms for s in plan.services), MEMORY)
 
     def decide(self, state: GpuState) -> list[Decision]:
         """Fill what is free; whoever comes first is waited for if it does not fit."""
