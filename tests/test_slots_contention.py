@@ -52,15 +52,13 @@ class TestSlowdown:
         made = knowing(plan(*points, shares=SHARES))
         slots = _Planner(made, True, None).slots(2, 0.0)
         large, small = slots.slowdown
-        point = SlotKeeper(made, slots, drop=True).points["large"]
-        assert (point.gpu_pct, point.batch) == (50, 5)  # 6 take 17.6 ms beside another, 5 take 15.4
+        assert (slots.gpu_pct, slots.copies) == ((50, 50), (2, 2))
         assert (large, small) == (pytest.approx(1 + 0.096, abs=0.005), pytest.approx(1 + 0.096 * 16**0.1, abs=0.005))
 
     def test_it_is_what_the_run_and_the_trial_expect(self, both):
         slots = _Planner(both, True, None).slots(2, 0.0)
         keeper = SlotKeeper(both, slots, drop=True)
         assert keeper.times == [[0, slots.slowdown[0]], [0, 16 * slots.slowdown[1]]]
-        assert keeper.points["long"].service_ms == 16 * slots.slowdown[1]
         late = {}
         for slow in (1.0, 2.0, 5.1):  # 5.1 · 16 ms are more than 80
             late[slow] = _Planner(both, True, None).late(replace(slots, slowdown=(1.0, slow)), 1.0)[0][1]

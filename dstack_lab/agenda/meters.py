@@ -53,8 +53,7 @@ def under_load(lease_sms: int) -> dict[str, Any]:
     """GPM beside a kernel that spins on so many SMs; on all if 0."""
     from dstack_lab.agenda.probe import alone, answer, begin, begun
 
-    with alone() as env:
-        process = begin("spin", env, lease_sms=lease_sms, seconds=LOAD_S + 2)
+    with alone() as env, begin("spin", env, lease_sms=lease_sms, seconds=LOAD_S + 2) as process:
         try:
             begun(process)  # torch has started, the kernel is compiled and runs
             before, start = _energy_mj(), time.monotonic()
@@ -63,9 +62,7 @@ def under_load(lease_sms: int) -> dict[str, Any]:
             seen["watts"] = None if before is None or after is None else (after - before) / 1e3 / seconds
             spun = answer(process)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
     # the sampling must lie inside the time the kernels ran
     return {**seen, "spin": spun, "inside": spun["begin"] <= start and start + seconds <= spun["end"]}
 

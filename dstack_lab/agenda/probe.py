@@ -142,8 +142,9 @@ def _mps_steps(target: Target) -> list[Step]:
 
     def meet(one: float, other: float) -> dict[str, Any]:
         at = time.monotonic() + 20
-        both = [begin("sms", capped(cap), seconds=2.0, at=at) for cap in (one, other)]
-        found = [answer(process) for process in both]
+        first, second = (begin("sms", capped(cap), seconds=2.0, at=at) for cap in (one, other))
+        with first, second:
+            found = [answer(first), answer(second)]
         shared = sorted(set(found[0]["seen"]) & set(found[1]["seen"]))
         overlap_s = min(f["end"] for f in found) - max(f["begin"] for f in found)
         return {"caps_pct": (one, other), "shared": shared, "meet": bool(shared), "overlap_s": overlap_s, "children": found}
