@@ -37,7 +37,8 @@ FLOORS: dict[float, str] = {
     8: "exercises panels",
     9: "__init__",
     9.5: "demo gallery",  # uses the public names, as a reader would
-    10: "__main__",
+    10: "cli",
+    11: "__main__",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 

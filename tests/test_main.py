@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import builders
 import pandas as pd
 import pytest
@@ -95,3 +99,17 @@ def test_ctrl_c_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lab, "measure", stopped, raising=False)
     assert main(["measure", "alexnet", "--out", str(tmp_path / "x.csv")]) == 130
     assert capsys.readouterr().err == "dstack_lab measure: stopped\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_importing_is_one_sentence_too(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")  # what a signal does in the first half second
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = subprocess.run(
+        [sys.executable, "-m", "dstack_lab", "probe"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "dstack_lab: stopped\n")
