@@ -119,7 +119,7 @@ def built(tmp_path_factory):
         "slider = ipywidgets.IntSlider(description='GPU%')\nslider",
         "go.Figure(go.Scatter(y=[1, 2]))",
         "lab.Poisson(rate_rps=-1)",
-        "print(f'measured: {time.perf_counter()} ms')",
+        "took = f'{time.perf_counter()} ms'\nprint(f'measured: {took}')\nprint(lab.Provenance('measured', took, 'core sets'))",
     )
     notebook.cells[10].metadata.tags = ["nbval-ignore-output"]
     notebook.cells[12].metadata.tags = ["raises-exception"]
