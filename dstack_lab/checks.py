@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
@@ -17,6 +20,13 @@ def require(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
         value = value.item() if getattr(value, "ndim", None) == 0 else value  # type: ignore[attr-defined]  # prints as a number
         raise ValueError(f"{field} = {value!r}: must be {allowed}")
+
+
+def instance(field: str, value: object, kind: type[T], allowed: str) -> T:
+    """Return `value` as the object of `kind` that it is; else the message names its type, for a table may be long."""
+    if not isinstance(value, kind):
+        require(False, field, None if value is None else type(value).__name__, allowed)
+    return value  # type: ignore[return-value]
 
 
 def positive(field: str, value: object) -> float:

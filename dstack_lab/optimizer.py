@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dstack_lab.bounds import Grants, bound_of, checked_services, granted_shares, service_tables, too_slow
-from dstack_lab.checks import require
+from dstack_lab.checks import instance, require
 from dstack_lab.constraints import EQUAL, OBJECTIVES, binding, broken_most, feasible, points, score_of, scores
 from dstack_lab.contention import Contention
 from dstack_lab.profiles import Profile
@@ -120,8 +120,9 @@ def sensitivity(plan: Plan) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If the plan was not made for one of the objectives.
+        If it is no plan, or was not made for one of the objectives.
     """
+    instance("plan", plan, Plan, "a Plan of lab.optimize")
     require(plan.objective in OBJECTIVES, "plan.objective", plan.objective, f"one of {OBJECTIVES}: a plan of lab.optimize")
     rows = []
     for service, now, table in zip(plan.services, plan.allocations, plan.tables, strict=True):

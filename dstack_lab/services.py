@@ -128,6 +128,8 @@ class Plan:
         require(len(set(names)) == len(names), "service names", names, "distinct: give each Service a name of its own")
         same = names == [a.service for a in self.allocations] and len(self.tables) == len(names)
         require(same, "allocations", [a.service for a in self.allocations], f"one for each of {names}, in this order")
+        for share in self.shares:
+            percent("shares", share)
         require(len(self.shares) > 0 and list(self.shares) == sorted(self.shares), "shares", self.shares, "ascending GPU%")
         told = self.contention
         require(told is None or isinstance(told, Contention), "contention", told, "None or Contention()")

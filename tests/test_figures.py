@@ -301,9 +301,42 @@ def test_demand_bars_end_at_the_demand(plan):
     assert np.allclose(bars.base[1:], np.cumsum(bars.x)[:-1])
 
 
+#: Figures and what they are drawn from -> the argument.
+DRAWN_FROM = {
+    figures.anatomy: "model",
+    figures.comparison: "table",
+    figures.gains: "table",
+    figures.knee: "profile",
+    figures.latency: "trace",
+    figures.loads: "table",
+    figures.period: "plan",
+    figures.place: "launches",
+    figures.placement: "placed",
+    figures.plan: "plan",
+    figures.progress: "so_far",
+    figures.replay: "trace",
+    figures.slots: "trials",
+    figures.timeline: "trace",
+}
+
+
+@pytest.mark.parametrize("wrong", [None, 7])
+@pytest.mark.parametrize(("draw", "field"), DRAWN_FROM.items(), ids=lambda x: getattr(x, "__name__", x))
+def test_what_cannot_be_drawn_is_named(draw, field, wrong):
+    said = None if wrong is None else "int"
+    with pytest.raises(ValueError, match=f"^{field} = {said!r}: must be "):
+        draw(wrong)
+
+
 @pytest.mark.parametrize(
     ("call", "field"),
     [
+        (lambda p, t: figures.batches(None, "small"), "profile"),
+        (lambda p, t: figures.choices(None, None), "profile"),
+        (lambda p, t: figures.choices(p, None), "found"),
+        (lambda p, t: figures.raster(None, 0, 1), "trace"),
+        (lambda p, t: figures.waits(None, None), "simulated"),
+        (lambda p, t: figures.waits(pd.DataFrame(columns=["kind", "utilization", "wait_ms"]), None), "formulas"),
         (lambda p, t: figures.knee(p, "nobody"), "model"),
         (lambda p, t: figures.knee(p, []), "models"),
         (lambda p, t: figures.knee(p, batch=0), "batch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +131,17 @@ def test_a_plan_says_what_binds_in_its_table():
     assert by_hand.to_frame()["binding"].isna().all()
     with pytest.raises(ValueError, match=r"plan\.objective = 'mine': must be one of"):
         lab.sensitivity(by_hand)
+    with pytest.raises(ValueError, match=r"^plan = None: must be a Plan of lab\.optimize$"):
+        lab.sensitivity(None)
+
+
+@pytest.mark.parametrize("share", [0.5, 100.5, -25, float("nan"), "25"])
+def test_a_plan_by_hand_holds_shares_of_the_gpu(share):
+    plan = lab.optimize([lab.Service("heavy", 60, lab.Poisson(100))], PROFILE)
+    with pytest.raises(ValueError, match=f"^shares = {share!r}: must be a GPU% from 1 to 100$"):
+        replace(plan, shares=(share, *plan.shares))
+    with pytest.raises(ValueError, match=r"^shares = \(100\.0, 50\.0\): must be ascending GPU%$"):
+        replace(plan, shares=(100.0, 50.0))
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import count, percent
+from dstack_lab.checks import count, instance, percent
 from dstack_lab.figures import style
 from dstack_lab.kernel_model import KernelModel
 
@@ -50,6 +50,7 @@ def anatomy(
     ValueError
         If the batch or share is not allowed.
     """
+    instance("model", model, KernelModel, "a KernelModel of lab.kernel_model")
     if table is None:
         table = model.breakdown(count("batch", batch), percent("gpu_pct", gpu_pct))
     title, origin = _titles(model, table, batch, gpu_pct)

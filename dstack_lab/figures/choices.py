@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from dstack_lab.bounds import service_tables
+from dstack_lab.checks import instance
 from dstack_lab.constraints import CONSTRAINTS, fits, points, score_of, verdicts
 from dstack_lab.figures import style
 from dstack_lab.optimizer import optimize
@@ -108,6 +109,8 @@ def choices(profile: Profile, found: Choices, *, width: int = style.WIDTH) -> go
         On the left every batch and share; on the right the share ``found.at_pct`` alone: the longest time
         from a request's arrival to its answer, behind the batch before (2L) and while its batch fills.
     """
+    instance("profile", profile, Profile, "a Profile, as load_profile and measure return")
+    instance("found", found, Choices, "Choices, as choose returns")
     made = style.figure(_title(found), str(profile.provenance), width=width, height=470)
     made.set_subplots(rows=1, cols=2, horizontal_spacing=0.13, column_widths=[0.55, 0.45])
     wrong, score = _map(found)

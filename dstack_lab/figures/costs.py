@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from dstack_lab.checks import percent, positive, require
+from dstack_lab.checks import instance, percent, positive, require
 from dstack_lab.figures import style
 from dstack_lab.figures.curves import fitted_model
 from dstack_lab.profiles import Profile
@@ -47,7 +47,7 @@ def batches(
     ValueError
         If the profile lacks `model`, a share is not in 1 to 100, or `slo_ms` is not above 0.
     """
-    rows = profile.of(model)
+    rows = instance("profile", profile, Profile, "a Profile, as load_profile and measure return").of(model)
     fitted = fitted_model(profile, model)
     limit = None if slo_ms is None else positive("slo_ms", slo_ms)
     chosen = _some(np.unique(rows["gpu_pct"])) if shares is None else sorted({percent("shares", g) for g in shares})

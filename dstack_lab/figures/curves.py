@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import count, percent, require
+from dstack_lab.checks import count, instance, percent, require
 from dstack_lab.figures import style
 from dstack_lab.gpu_model import GpuModel, fit
 from dstack_lab.knees import Knee
@@ -65,6 +65,7 @@ def curves(
     profile: Profile, models: Iterable[str] | str | None, batch: int | None, rule: str, slo_ms: float | None
 ) -> tuple[list[Curve], str, int, bool]:
     """Curves to draw, the title, the batch, and whether their times span so much that a log axis is needed."""
+    instance("profile", profile, Profile, "a Profile, as load_profile and measure return")
     names = list(dict.fromkeys(profile.models if models is None else [models] if isinstance(models, str) else models))
     require(bool(names), "models", names, f"one or more of {', '.join(profile.models)}")
     measured = [set(profile.of(name)["batch"]) for name in names]

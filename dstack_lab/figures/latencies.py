@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from dstack_lab.checks import instance
 from dstack_lab.figures import style
 from dstack_lab.traces import Trace
 
@@ -29,6 +30,7 @@ def latency(trace: Trace, *, width: int = style.WIDTH) -> go.Figure:
     plotly.graph_objects.Figure
         The latency axis is logarithmic where latencies go beyond 4 times the largest SLO.
     """
+    instance("trace", trace, Trace, "a Trace, as simulate and run return")
     title = f"{trace.policy}: latency of requests, {trace.duration_ms:,.6g} ms of arrivals"
     origin = f"{trace.provenance}; seed {trace.seed}"
     if not len(trace.requests) or trace.requests["finish_ms"].isna().all():

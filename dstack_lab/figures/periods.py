@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from dstack_lab.checks import instance
 from dstack_lab.figures import style
 from dstack_lab.figures.space import place
 from dstack_lab.policies import PeriodPlan
@@ -37,7 +38,7 @@ def period(
         What stays empty is nobody's: an opportunistic launch may take it. A window that runs into the
         next period is cut in two: its end is drawn at the start.
     """
-    windows = _turned(plan)
+    windows = _turned(instance("plan", plan, PeriodPlan, "a PeriodPlan of lab.plan_period"))
     pieces = place(windows)
     whole = windows.iloc[pieces["row"]].reset_index(drop=True)
     title = f"Period plan: {len(plan.windows)} windows in {plan.period_ms:g} ms"

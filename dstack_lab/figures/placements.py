@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from dstack_lab.checks import instance
 from dstack_lab.cluster import Placement
 from dstack_lab.figures import style
 
@@ -23,6 +24,7 @@ def placement(placed: Placement, *, width: int = style.WIDTH) -> go.Figure:
     plotly.graph_objects.Figure
         A GPU whose bar passes 100 could not be scheduled. An asterisk marks a service that is on several GPUs.
     """
+    instance("placed", placed, Placement, "a Placement of lab.place")
     names = list(placed.cluster.names)
     origin = "; ".join(dict.fromkeys(str(profile.provenance) for profile in placed.cluster.profiles()))
     title = f"Placement by {placed.method}: the busiest GPU needs {placed.peak_pct:.0f} GPU%"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from dstack_lab.checks import instance
 from dstack_lab.figures import style
 from dstack_lab.services import Plan
 
@@ -24,7 +25,7 @@ def plan(plan: Plan, *, width: int = style.WIDTH) -> go.Figure:
         One row per service. The bars of the third part stand one after the other and end at
         ``plan.demand_pct``; beyond 100 no schedule can sustain it.
     """
-    rows = plan.to_frame()
+    rows = instance("plan", plan, Plan, "a Plan of lab.optimize").to_frame()
     demand = np.array([a.rate_rps * a.area_pct_ms / 1000 for a in plan.allocations])
     ends = np.cumsum(demand)
     left = 26 + 8 * int(rows["service"].str.len().max())

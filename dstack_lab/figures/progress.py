@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from dstack_lab.checks import count
+from dstack_lab.checks import count, instance
 from dstack_lab.figures import style
 from dstack_lab.figures.space import raster
 from dstack_lab.traces import Trace
@@ -60,6 +60,7 @@ def replay(trace: Trace, slices: int = 20) -> Progress:
     ValueError
         If `slices` is below 1.
     """
+    instance("trace", trace, Trace, "a Trace, as simulate and run return")
     names = tuple(map(str, trace.services["service"]))
     last = float(trace.launches["end_ms"].max()) if len(trace.launches) else 0.0
     edges = np.linspace(0.0, max(float(trace.duration_ms), last), count("slices", slices) + 1)
@@ -85,6 +86,7 @@ def progress(so_far: Progress, *, width: int = style.WIDTH) -> go.Figure:
     width : int
         Of the figure [px].
     """
+    instance("so_far", so_far, Progress, "a Progress, as replay returns")
     made = style.figure(so_far.title, so_far.origin, width=width, height=400, showlegend=True)
     made.set_subplots(rows=1, cols=3, horizontal_spacing=0.1)
     made.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 12}})

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import require
+from dstack_lab.checks import instance, require
 from dstack_lab.figures import style
 from dstack_lab.provenance import Provenance
 
@@ -32,6 +32,7 @@ def waits(
         If a column is missing or nothing can be drawn.
     """
     for name, table in (("simulated", simulated), ("formulas", formulas)):
+        instance(name, table, pd.DataFrame, "a pandas DataFrame")
         require(
             {"kind", "utilization", "wait_ms"} <= set(table.columns),
             f"{name} columns",

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import positive, require
+from dstack_lab.checks import instance, positive, require
 from dstack_lab.figures import style
 from dstack_lab.metrics import ALL
 from dstack_lab.provenance import Provenance
@@ -35,7 +35,7 @@ def gather(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str], int
         If a column is missing or there is nothing to compare.
     """
     need = ["policy", "service", *METRICS]
-    require(isinstance(table, pd.DataFrame), "table", type(table).__name__, "a pandas DataFrame")
+    instance("table", table, pd.DataFrame, "a pandas DataFrame")
     require(set(need) <= set(table.columns), "table columns", list(table.columns), f"at least {need}")
     require(len(table) > 0, "table rows", 0, "1 or more")
     table = table.assign(policy=table["policy"].astype(str), service=table["service"].astype(str))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import require
+from dstack_lab.checks import instance, require
 from dstack_lab.figures import style
 from dstack_lab.provenance import Provenance
 
@@ -50,6 +50,7 @@ def slots(
     ValueError
         If there is no trial, a column is missing, or no trial has the chosen number.
     """
+    instance("trials", trials, pd.DataFrame, "a pandas DataFrame of lab.try_slots")
     needed = {"slots", "gpu_pct", *(column for _, lines in PANES for column in lines.values())}
     require(needed <= set(trials.columns), "trials columns", list(trials.columns), ", ".join(sorted(needed)))
     require(len(trials) > 0, "trials", 0, "at least one")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dstack_lab.checks import count, positive, require
+from dstack_lab.checks import count, instance, positive, require
 from dstack_lab.traces import Trace
 
 Floats = NDArray[np.float64]
@@ -41,6 +41,7 @@ def window(trace: Trace, start_ms: float | None = None, end_ms: float | None = N
         If it is empty or lies outside the run. A run ends with its last launch, which may be after
         the last arrival.
     """
+    instance("trace", trace, Trace, "a Trace, as simulate and run return")
     last = float(trace.launches["end_ms"].max()) if len(trace.launches) else 0.0
     run = max(float(trace.duration_ms), last)
     start = 0.0 if start_ms is None else float(start_ms)
@@ -85,6 +86,7 @@ def place(launches: pd.DataFrame) -> pd.DataFrame:
         One row per piece: ``row`` (position in `launches`), ``low_pct`` and ``high_pct``. Pieces
         never overlap; those of one launch add up to its share.
     """
+    instance("launches", launches, pd.DataFrame, "a pandas DataFrame such as trace.launches")
     running: list[tuple[float, float, float]] = []  # end, low, high
     home: dict[object, float] = {}
     pieces: list[tuple[int, float, float]] = []
@@ -151,6 +153,7 @@ def raster(trace: Trace, start_ms: float, end_ms: float, columns: int = 900) -> 
     ValueError
         If the window is empty or `columns` is below 1.
     """
+    instance("trace", trace, Trace, "a Trace, as simulate and run return")
     require(end_ms > start_ms, "end_ms", end_ms, f"above start_ms = {start_ms:g}")
     edges = np.linspace(start_ms, end_ms, count("columns", columns) + 1)
     runs, names = trace.launches, list(trace.services["service"])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dstack_lab.checks import require
+from dstack_lab.checks import instance, require
 from dstack_lab.figures import style
 from dstack_lab.figures.races import origin_of
 from dstack_lab.metrics import ALL
@@ -147,7 +147,7 @@ def gains(table: pd.DataFrame, metric: str = "slo_attainment_gain", service: str
 def _rows(table: pd.DataFrame, metric: str, known: dict[str, str], service: str) -> tuple[pd.DataFrame, list[str], str]:
     """Rows of one service, checked; the policies in them; and where they come from."""
     require(metric in known, "metric", metric, f"one of {', '.join(known)}")
-    require(isinstance(table, pd.DataFrame), "table", type(table).__name__, "a pandas DataFrame of lab.compare")
+    instance("table", table, pd.DataFrame, "a pandas DataFrame of lab.compare")
     need = ["policy", "load", "bound_load", "service", "seeds", metric, f"{metric}_low", f"{metric}_high"]
     require(set(need) <= set(table.columns), "table columns", list(table.columns), f"at least {need}")
     rows = table[table["service"] == service]

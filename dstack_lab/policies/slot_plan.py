@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import pandas as pd
 
+from dstack_lab.checks import instance
 from dstack_lab.contention import Contention, Load
 from dstack_lab.policies.fair_parts import demands, fair_parts
 from dstack_lab.policies.slot_trial import Rider, late_in_slots
@@ -60,6 +61,7 @@ def cut_slots(plan: Plan, drop: bool = True, rates_rps: tuple[float, ...] | None
     InfeasiblePlan
         If a service meets its SLO at no share, or, without `drop`, if no slots keep up.
     """
+    instance("plan", plan, Plan, "a Plan of lab.optimize")
     found = _cut(plan, drop, rates_rps, wait_part)
     if found is None or (not drop and max(found.late) > LATE):
         pairs = zip(plan.services, plan.allocations, strict=True)
@@ -87,6 +89,7 @@ def try_slots(plan: Plan, drop: bool = True, wait_part: float = WAITS[0]) -> pd.
         all requests that is late or given up, ``worst`` and ``worst_late``, the service that suffers most and that part
         of its requests, and ``latency``, the mean of latency over SLO of those launched.
     """
+    instance("plan", plan, Plan, "a Plan of lab.optimize")
     planner, rows = _Planner(plan, drop, None), {}
     for count in range(1, MOST_SLOTS + 1):
         if (cut := planner.slots(count, wait_part)) is None or cut.count in rows:

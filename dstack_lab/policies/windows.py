@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 
 import pandas as pd
 
+from dstack_lab.checks import instance
 from dstack_lab.policies.fair_parts import demands, fair_parts
 from dstack_lab.policies.lanes import LATE, LATE_IF_DROPPED, lanes
 from dstack_lab.services import Allocation, InfeasiblePlan, Plan, Service, ServiceTable
@@ -104,6 +105,7 @@ def plan_period(plan: Plan, reject: bool = False, beside: bool = True) -> Period
     InfeasiblePlan
         If nothing fits; the message says which service asks for how much.
     """
+    instance("plan", plan, Plan, "a Plan of lab.optimize")
     period = max(service.slo_ms for service in plan.services)
     late = LATE_IF_DROPPED if reject else LATE
     if beside and (found := _side_by_side(period, plan, (1.0,), late, reject)) is not None:
