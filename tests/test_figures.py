@@ -334,6 +334,7 @@ def test_what_cannot_be_drawn_is_named(draw, field, wrong):
         (lambda p, t: figures.batches(None, "small"), "profile"),
         (lambda p, t: figures.choices(None, None), "profile"),
         (lambda p, t: figures.choices(p, None), "found"),
+        (lambda p, t: figures.cues(None), "names"),
         (lambda p, t: figures.raster(None, 0, 1), "trace"),
         (lambda p, t: figures.waits(None, None), "simulated"),
         (lambda p, t: figures.waits(pd.DataFrame(columns=["kind", "utilization", "wait_ms"]), None), "formulas"),
@@ -379,10 +380,10 @@ def test_the_cloud_button_is_gone():
     assert "sendChartToCloud" in pio.renderers["plotly_mimetype"].config["modeBarButtonsToRemove"]
 
 
-def test_thirty_services_look_different():
-    looks = [(c.color, c.dash) for c in style.cues(map(str, range(30))).values()]
-    assert len(set(looks)) == 30
-    assert len(set(style.COLORS)) == len(style.COLORS) == 6
+def test_thirty_five_services_look_different():
+    cues = style.cues(map(str, range(35))).values()
+    assert len({(c.color, c.dash) for c in cues}) == len({(c.color, c.symbol) for c in cues}) == 35
+    assert len(set(style.COLORS)) == len(style.COLORS) == 7
     assert len(set(style.SYMBOLS)) == len(style.SYMBOLS) == len(style.GLYPHS) == len(style.MPL_MARKERS)
 
 

@@ -230,10 +230,10 @@ def test_names_of_windows_grow_shorter_where_they_must(profile):
     assert narrow["mobilenet_v2"] == {"mobilenet_v2"}
 
 
-def test_the_seventh_service_has_a_hatch_of_its_own():
-    looks = [(cue.color, cue.hatch) for cue in style.cues(map(str, range(30))).values()]
-    assert len(set(looks)) == 30
-    assert {hatch for _, hatch in looks[:6]} == {""}
+def test_the_eighth_service_has_a_hatch_of_its_own():
+    looks = [(cue.color, cue.hatch) for cue in style.cues(map(str, range(35))).values()]
+    assert len(set(looks)) == 35
+    assert {hatch for _, hatch in looks[:7]} == {""}
     assert timelines.LATE not in {hatch for _, hatch in looks}
 
 

@@ -1,7 +1,7 @@
 """How all figures look: colours with a second cue, titles with provenance, readable on light and dark.
 
-Colours are Okabe and Ito's without yellow and black, which vanish on one of the two backgrounds.
-Nobody has to tell colours apart: a dash, a symbol or a label at the line always says the same.
+Who has which colour is told in `palette`. Nobody has to tell colours apart: a dash, a symbol or a label at the line
+always says the same.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from dstack_lab.checks import count
+from dstack_lab.checks import count, require
+from dstack_lab.figures.palette import COLORS as COLORS
+from dstack_lab.figures.palette import places
 from dstack_lab.provenance import Provenance
 
-#: Okabe-Ito: blue, orange, green, vermillion, sky blue, purple.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
-#: Five dashes against six colours: thirty services before a pair returns.
+#: Five dashes and eight symbols against seven colours: 35 services before a pair returns.
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down")
-GLYPHS = "●■◆▲✚★▼"
-#: Of bars: six services without one, then six with each. The hatch "x" is kept for late launches.
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "triangle-left")
+GLYPHS = "●■◆▲✚★▼◄"
+#: Of bars: seven services without one, then seven with each. The hatch "x" is kept for late launches.
 HATCHES = ("", "/", "\\", "-", "|")
 MPL_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
-MPL_MARKERS = ("o", "s", "D", "^", "P", "*", "v")
+MPL_MARKERS = ("o", "s", "D", "^", "P", "*", "v", "<")
 
 GREY = "#7f7f7f"  #: about 4:1 on white and on #111
 LATE = "#E8112D"  #: about 4:1 on white and on #111; never the only cue
@@ -76,13 +76,20 @@ class Cue:
 
 
 def cues(names: Iterable[str]) -> dict[str, Cue]:
-    """Return what tells each service from the others, by its place among them.
+    """Return what tells each service, network or policy from the others; see `palette.places`.
+
+    The networks of the standard workloads and this package's policies look the same in every figure.
 
     Parameters
     ----------
     names : iterable of str
-        Names of the services.
+
+    Returns
+    -------
+    dict of str to Cue
+        In the order given.
     """
+    require(isinstance(names, Iterable), "names", names, "names of what is drawn")
     return {
         name: Cue(
             COLORS[i % len(COLORS)],
@@ -93,7 +100,7 @@ def cues(names: Iterable[str]) -> dict[str, Cue]:
             MPL_DASHES[i % len(MPL_DASHES)],
             MPL_MARKERS[i % len(MPL_MARKERS)],
         )
-        for i, name in enumerate(names)
+        for name, i in places(names).items()
     }
 
 
