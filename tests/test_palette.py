@@ -1,4 +1,4 @@
-"""Who has which colour: the same in every figure, no two alike while one is free, told apart by all kinds of eyes."""
+"""Who has which colour: the same in every figure, no two alike while one is free, told apart without one kind of cone."""
 
 from __future__ import annotations
 

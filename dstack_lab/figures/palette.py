@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dstack_lab.workloads import WORKLOADS
 
 #: Okabe-Ito without the two that vanish on one background: blue, orange, green, vermillion, sky blue, purple; and wine,
-#: which stays further from these than they from each other, with all kinds of colour vision.
+#: which stays further from these than they from each other, with all cones or without one kind.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#993366")
 
 #: In the order of their places. The first seven keep theirs in every figure; one further on borrows a colour.
@@ -23,8 +23,8 @@ _OWN = {name: place for group in (NETWORKS, POLICIES) for place, name in enumera
 def places(names: Iterable[str]) -> dict[str, int]:
     """Give each name of a figure a place; its colour is that of the place, counted round.
 
-    Known names sit first, each on its own place if nobody in the figure has that colour; the others take the first free
-    place of a colour that is used least. So no two share a colour while one is free.
+    Known names take their own places while nobody else has the colour. The others then take their own, or else the first
+    free place, of a colour that is used least: no two share a colour while one is free.
 
     Parameters
     ----------
@@ -37,10 +37,20 @@ def places(names: Iterable[str]) -> dict[str, int]:
         In the order given.
     """
     asked = dict.fromkeys(names)
-    free, used = list(range(len(asked) + len(_OWN))), Counter[int]()
     found: dict[str, int] = {}
-    for name in sorted(asked, key=lambda name: _OWN.get(name, len(_OWN))):
-        found[name] = min(free, key=lambda place: (used[place % len(COLORS)], place != _OWN.get(name), place))
-        free.remove(found[name])
-        used[found[name] % len(COLORS)] += 1
+    used = Counter[int]()
+    free = list(range(len(asked) + len(_OWN)))
+
+    def take(name: str, place: int) -> None:
+        found[name] = place
+        used[place % len(COLORS)] += 1
+        free.remove(place)
+
+    known = sorted(asked.keys() & _OWN.keys(), key=_OWN.__getitem__)
+    for name in known:
+        if not used[_OWN[name] % len(COLORS)]:
+            take(name, _OWN[name])
+    for name in [*known, *asked]:
+        if name not in found:
+            take(name, min(free, key=lambda place: (used[place % len(COLORS)], place != _OWN.get(name), place)))
     return {name: found[name] for name in asked}

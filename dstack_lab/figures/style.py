@@ -78,7 +78,7 @@ class Cue:
 def cues(names: Iterable[str]) -> dict[str, Cue]:
     """Return what tells each service, network or policy from the others; see `palette.places`.
 
-    The networks of the standard workloads and this package's policies look the same in every figure.
+    The networks of the standard workloads and the first policies of that table look the same in every figure.
 
     Parameters
     ----------
