@@ -28,6 +28,9 @@ _SAMPLES = 256
 _ROUGH, _ROUGHEST = 0.5, 0.015
 CB, CK = 1.0, 1.0
 
+#: Of a service time [ms]. Below a nanosecond, processors' linear algebra disagrees, and a plan must be the same on all.
+DECIMALS = 6
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuModel:
@@ -67,14 +70,14 @@ class GpuModel:
         Returns
         -------
         float or array
-            A float if both are scalars, else the broadcast shape.
+            A float if both are scalars, else the broadcast shape; to the nanosecond.
 
         Raises
         ------
         ValueError
             If a batch is below 1 or a share outside 1 to 100.
         """
-        ms = np.exp(self._table.log(*_checked(batch, gpu_pct)))
+        ms = np.exp(self._table.log(*_checked(batch, gpu_pct))).round(DECIMALS)
         return float(ms) if ms.ndim == 0 else ms
 
     def band(self, batch: ArrayLike, gpu_pct: ArrayLike, level: float = 0.9) -> tuple[float, float] | tuple[Floats, Floats]:

@@ -18,6 +18,8 @@ def test_by_hand():
     assert fair_parts([50, 50, 50, 50], 100) == [0.5] * 4
     assert fair_parts([0, 30], 10) == pytest.approx([1, 1 / 3])
     assert fair_parts([], 10) == []
+    assert fair_parts([25 + 1e-12] * 4, 100) == [1] * 4  # all of it, as far as sums tell
+    assert max(fair_parts([25 + 1e-6] * 4, 100)) < 1
 
 
 @given(asked=st.lists(st.floats(0, 1e4), min_size=1, max_size=8), most=st.floats(0.1, 1e4))

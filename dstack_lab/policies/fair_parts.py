@@ -8,6 +8,9 @@ from dataclasses import replace
 from dstack_lab.bounds import bound_of
 from dstack_lab.services import Plan
 
+#: By so much more may be asked than there is, and it still counts as all of it: sums round.
+ROUNDING = 1e-9
+
 
 def fair_parts(asked: Sequence[float], most: float) -> list[float]:
     """Part of what each asks for that is granted, max-min fair: who asks for less than the level gets all of it.
@@ -22,12 +25,13 @@ def fair_parts(asked: Sequence[float], most: float) -> list[float]:
     Returns
     -------
     list of float
-        0 to 1 each. The grants add up to `most`, or to what is asked if that is less.
+        0 to 1 each. The grants add up to `most`, or to what is asked if that is less; who asks for the whole of it
+        together gets it, even where sums round.
     """
     level, left = float("inf"), most
     for rank, one in enumerate(sorted(asked)):
         others = len(asked) - rank
-        if one * others > left:
+        if one * others > left * (1 + ROUNDING):
             level = left / others
             break
         left -= one
@@ -46,7 +50,7 @@ def fairly_reduced(plan: Plan) -> Plan:
     Within the bound, and where the plan's own rates are not below those of its services, it stays as it is.
     """
     rates = [s.rate_rps for s in plan.services]
-    if sum(a.rate_rps for a in plan.allocations) >= (1 - 1e-9) * sum(rates):
+    if sum(a.rate_rps for a in plan.allocations) >= (1 - ROUNDING) * sum(rates):
         return plan
     parts = fair_parts(demands(plan, rates), min(100.0, sum(demands(plan, [a.rate_rps for a in plan.allocations]))))
     points = zip(plan.allocations, rates, parts, strict=True)
