@@ -126,16 +126,19 @@ def fits(ms: Array, batch: Array, slo_ms: float, rate_rps: float) -> NDArray[np.
 
 
 def verdicts(ms: Array, batch: Array, slo_ms: float, rate_rps: float) -> NDArray[np.int64]:
-    """Place in `CONSTRAINTS` of what each point breaks most, -1 where it breaks nothing; shape of `ms`."""
+    """Place in `CONSTRAINTS` of what each point breaks most, the first of equals, -1 where it breaks nothing; shape of `ms`."""
     asks = np.stack([np.broadcast_to(need / limit, ms.shape) for need, limit in _asks(ms, batch, slo_ms, rate_rps)])
-    return np.where((asks <= 1).all(axis=0), -1, asks.argmax(axis=0))
+    most = (asks >= (1 - EQUAL) * asks.max(axis=0)).argmax(axis=0)
+    return np.where(fits(ms, batch, slo_ms, rate_rps), -1, most)
 
 
 def broken_most(ms: float, batch: int, slo_ms: float, rate_rps: float) -> str:
-    """Return the constraint that a point breaks most, or "none"."""
+    """Return the constraint that a point breaks most, the first of equals, or "none"."""
     asks = _asks(ms, float(batch), slo_ms, rate_rps)
-    broken = [(need / limit, -i) for i, (need, limit) in enumerate(asks) if need > limit]
-    return CONSTRAINTS[-max(broken)[1]] if broken else "none"
+    if all(need <= limit for need, limit in asks):
+        return "none"
+    parts = [need / limit for need, limit in asks]
+    return next(name for name, part in zip(CONSTRAINTS, parts, strict=True) if part >= (1 - EQUAL) * max(parts))
 
 
 def _widened(table: ServiceTable, shares: Sequence[float]) -> tuple[Array, Array]:

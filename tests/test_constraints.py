@@ -10,7 +10,7 @@ from builders import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstack_lab.constraints import BINDINGS, EDGES, binding, feasible, points, scores
+from dstack_lab.constraints import BINDINGS, EDGES, binding, broken_most, feasible, points, scores, verdicts
 from dstack_lab.services import ServiceTable
 
 
@@ -78,6 +78,13 @@ def test_of_two_broken_constraints_the_one_broken_most():
     assert binding(table(batch_max=2), (40.0,), 11, 100, 1, 40.0, "capacity") == "SLO: fill"
     # filling and waiting alike are too long, the wait more: 2 · 2 of 3.5, and 1.9 + 2 of 3.5
     assert binding(table(batch_max=2), (40.0,), 3.5, 1000 / 1.9, 1, 40.0, "capacity") == "SLO: wait"
+
+
+@pytest.mark.parametrize("ms", [30.0, np.nextafter(30, 31), np.nextafter(30, 29), 30.3, 0.3 + 30])
+def test_of_two_broken_alike_the_first_whatever_the_rounding(ms):
+    """10 requests at 400/s come in 25 ms, half of the SLO: waiting and keeping up are always broken by the same part."""
+    assert broken_most(ms, 10, 50, 400) == "SLO: wait"
+    assert verdicts(np.full((10, 3), ms), np.arange(1.0, 11)[:, None], 50, 400)[-1].tolist() == [0, 0, 0]
 
 
 def by_definition(times, shares, slo, rate, batch, share, objective):
