@@ -11,7 +11,7 @@ from slot_builders import check_never_idle, takes
 
 import dstack_lab as lab
 from dstack_lab.policies import slot_plan
-from dstack_lab.policies.slot_plan import BEST, IN_ALL, MOST_SLOTS, PERIODS, ROOMS, WAITS, WORTHS, _Planner, cut_slots
+from dstack_lab.policies.slot_plan import BEST, IN_ALL, MOST_SLOTS, PERIODS, ROOMS, WAITS, WORTHS, _cut, _Planner, cut_slots
 from dstack_lab.services import ServiceTable
 
 SHARES = tuple(10.0 * k for k in range(1, 11))
@@ -92,6 +92,14 @@ class TestChoice:
         assert len(trials) == tried > MOST_SLOTS / 2
         assert cut_slots(replace(made)) == first  # another plan, of the same
         assert len(trials) == 2 * tried
+
+    def test_plans_for_rates_of_the_hour_push_no_others_out(self):
+        made = asks((40, 300, table(2, 1, 40)))
+        first = cut_slots(made)
+        kept = _cut.cache_info().currsize
+        assert cut_slots(made, rates_rps=(310.0,)).count > 0
+        assert _cut.cache_info().currsize == kept
+        assert cut_slots(made) is first
 
     def test_rates_may_be_others_than_the_plans(self):
         made, more = (asks((40, rate, table(2, 1, 40)), (60, 100, table(3, 1, 60))) for rate in (100, 1800))

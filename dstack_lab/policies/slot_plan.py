@@ -62,7 +62,8 @@ def cut_slots(plan: Plan, drop: bool = True, rates_rps: tuple[float, ...] | None
         If a service meets its SLO at no share, or, without `drop`, if no slots keep up.
     """
     instance("plan", plan, Plan, "a Plan of lab.optimize")
-    found = _cut(plan, drop, rates_rps, wait_part)
+    # plans for rates of the hour are made once, and would push out those that are asked for again
+    found = (_cut if rates_rps is None else _cut.__wrapped__)(plan, drop, rates_rps, wait_part)
     if found is None or (not drop and max(found.late) > LATE):
         pairs = zip(plan.services, plan.allocations, strict=True)
         asks = ", ".join(f"{s.name} at {a.rate_rps:g}/s within {s.slo_ms:g} ms" for s, a in pairs)
