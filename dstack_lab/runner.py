@@ -16,6 +16,7 @@ from dstack_lab.checks import count, positive, require
 from dstack_lab.devices import Cpu
 from dstack_lab.devices.base import Device
 from dstack_lab.fleet import Fleet
+from dstack_lab.helper import Helper
 from dstack_lab.ledger import Ledger, PolicyError
 from dstack_lab.points import STARVED
 from dstack_lab.policies.base import Policy
@@ -131,12 +132,18 @@ def run(
     # Green contexts prepare every share before the run: that costs no process, and a capture later would stop the GPU.
     first = None if getattr(device, "prepares_all", False) else policy.first_shares(plan)
     copies = count(f"copies of {policy.name}", policy.copies(plan))
-    with Fleet(device, plan, policy.shares(plan), seed, options, first, copies, policy.oversubscribes) as fleet:
+    with (
+        Helper() if policy.works_apart else contextlib.nullcontext() as helper,
+        Fleet(device, plan, policy.shares(plan), seed, options, first, copies, policy.oversubscribes) as fleet,
+    ):
         with progress_bar(progress, len(fleet.members), "Starting workers", "worker") as bar:
             fleet.wait_ready(start_timeout_s, bar.update)
         marks = (*device.marks(), *_planned_elsewhere(plan, device))
         session = Session(ledger, policy, fleet, device, hung_ms)
-        session.watch = watch
+        session.watch, session.helper = watch, helper
+        if helper is not None:
+            helper.wait_ready(start_timeout_s)
+            ledger.state._helper = helper.submit
         error: RuleBroken | FleetLost | None = None
         sampler = device.sampler() if hasattr(device, "sampler") else None
         gc.disable()  # a collection stops the loop for tens of milliseconds

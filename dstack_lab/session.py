@@ -13,6 +13,7 @@ import numpy as np
 
 from dstack_lab.devices.base import Device, WorkerDied, WorkerTimeout
 from dstack_lab.fleet import Fleet, Member
+from dstack_lab.helper import Helper
 from dstack_lab.ledger import Ledger
 from dstack_lab.policies.base import Policy
 from dstack_lab.protocol import Message
@@ -36,6 +37,7 @@ class Session:
     """State of one run's loop: `policy` is reset, the fleet ready; `hung_ms` as of `runner.run`."""
 
     watch: Callable[[Ledger], bool] | None = None
+    helper: Helper | None = None
 
     def __init__(self, ledger: Ledger, policy: Policy, fleet: Fleet, device: Device, hung_ms: float) -> None:
         self.ledger, self.policy, self.fleet = ledger, policy, fleet
@@ -63,12 +65,13 @@ class Session:
         """
         self.turns = Turns(self.ledger, self.policy, self._launch)
         heap, state, start = self.turns.heap, self.state, time.monotonic_ns()
-        bell = self.fleet.starter.fileno()
+        bell, helper = self.fleet.starter.fileno(), self.helper
+        bells = [bell] if helper is None else [bell, helper.fileno()]
         self.start_ns, last_s = start, 0.0
         while self.ledger.waiting_total or state._running:
             upcoming = heap[0][0] if heap else NEVER_NS
             nap = min(NAP_S, max(0.0, (upcoming - (time.monotonic_ns() - start)) * 1e-9))
-            readable = select.select([bell, *self.fleet.by_fd], [], [], nap)[0]
+            readable = select.select([*bells, *self.fleet.by_fd], [], [], nap)[0]
             state.now_ns = now = time.monotonic_ns() - start
             if now > duration_ns + drain_ns:
                 self._event("stopped", "", f"{self.ledger.waiting_total} requests still waited at the end of the drain time")
@@ -85,6 +88,10 @@ class Session:
                     ask = self._welcome() or ask
                 elif (member := self.fleet.by_fd.get(fd)) is not None:  # it may have gone with another one just now
                     ask = self._hear(member) or ask
+                elif helper is not None and fd == bells[-1]:
+                    for what, detail in helper.news():
+                        self._event(what, "", detail)
+                    ask = True
             ask = self._find_hung(now) or ask
             while heap and heap[0][0] <= now:
                 _, kind, key = heappop(heap)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from dstack_lab.services import Allocation, Service, ServiceTable
+from dstack_lab.work import Work
 
 NS_PER_MS = 1_000_000
 #: Later than any event: 292 years in nanoseconds.
@@ -215,7 +217,7 @@ class GpuState:
         it is shorter to look through.
     """
 
-    __slots__ = ("_running", "by_name", "free_pct", "now_ns", "services", "startable")
+    __slots__ = ("_helper", "_running", "by_name", "free_pct", "now_ns", "services", "startable")
 
     def __init__(self, services: tuple[ServiceView, ...]) -> None:
         self.now_ns = 0
@@ -224,6 +226,7 @@ class GpuState:
         self.by_name = {view.name: view for view in services}
         self.startable: dict[int, ServiceView] = {}
         self._running: dict[int, tuple[ServiceView, float, int, int, int]] = {}  # by number of the launch
+        self._helper: Callable[..., Work] | None = None  # who does what is to be done apart, where time is real
         for view in services:
             view._clock = self
 
@@ -236,6 +239,36 @@ class GpuState:
     def running(self) -> list[Running]:
         """Launches that have not ended, oldest first."""
         return [Running(v.name, g, b, s / NS_PER_MS, e / NS_PER_MS) for v, g, b, s, e in self._running.values()]
+
+    def apart(self, function: Callable[..., Any], *arguments: Any) -> Work:
+        """Have something computed that takes long, a plan say, without holding up the launches of a real run.
+
+        A simulation computes it at once, in no simulated time. A real run of a policy with ``works_apart = True`` gives it
+        to another process and asks the policy again when it is done; what is submitted meanwhile waits for its turn. That
+        process is started before the run and ends with it.
+
+        Parameters
+        ----------
+        function : callable
+            Of a module that another process can import: not of a notebook's cell, nor a lambda. So are the classes of its
+            arguments and of what it returns.
+        *arguments : object
+            Those of `function`.
+
+        Returns
+        -------
+        Work
+            Its ``done`` says whether it has come to its end; then ``result()`` returns what `function` returned, or
+            raises what it raised.
+        """
+        if self._helper is not None:
+            return self._helper(function, *arguments)
+        work = Work()
+        try:
+            work.end(function(*arguments))
+        except Exception as error:
+            work.end(error=error)
+        return work
 
     def __getitem__(self, service: str) -> ServiceView:
         return self.by_name[service]

@@ -16,7 +16,7 @@ PACKAGE = Path(dstack_lab.__file__).parent
 #: Floor -> rooms (a file or a folder of the package). A half floor holds helpers of the floor above it.
 FLOORS: dict[float, str] = {
     -1: "checks digests files progress protocol",
-    -0.5: "cells points provenance",
+    -0.5: "cells points provenance work",
     0: "arrivals profiles traces variability",
     0.5: "bert brackets monotone operations tables vision",
     0.7: "contention fusion",
@@ -28,9 +28,9 @@ FLOORS: dict[float, str] = {
     3.5: "admission compiled recipes turns",
     4: "devices simulator",
     4.4: "starter",
-    4.5: "cuda_backend fleet retries trials",
+    4.5: "cuda_backend fleet helper retries trials",
     5: "capacity ceilings cluster experiments session validation worker",
-    5.5: "ablation",
+    5.5: "ablation helper_process",
     6: "profiler runner",
     6.5: "agenda peers",
     7: "figures",

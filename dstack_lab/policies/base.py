@@ -18,7 +18,8 @@ class Policy:
     `decide` is called only when something can change: a batch ended, a batch became ready (full, or
     its oldest request waited as long as `wait_ms` says), a requested `Wake`, and, with
     ``every_arrival = True``, an arrival. A policy may keep what it learns in itself; `reset` is
-    called at the start of every run.
+    called at the start of every run. In a real run nothing is launched while `decide` thinks: what takes
+    long goes through `GpuState.apart`.
 
     Examples
     --------
@@ -36,6 +37,7 @@ class Policy:
     every_arrival = False  #: also call `decide` at each arrival: slower, rarely needed
     needs_pct = 0.0  #: do not call `decide` for a batch that became ready while less than this is free
     oversubscribes = False  #: launches may hold more than 100 GPU% together
+    works_apart = False  #: a real run starts a process for what is given to `GpuState.apart`; else that holds up launches
 
     @property
     def name(self) -> str:
