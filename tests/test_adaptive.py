@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dstack_lab as lab
-from dstack_lab.policies import AdaptiveDStack, slot_plan
+from dstack_lab.policies import AdaptiveDStack, adaptive, slot_plan
 from dstack_lab.policies.windows import EPSILON, plan_period
 
 SHARES = tuple(5.0 * k for k in range(1, 21))
@@ -64,6 +64,74 @@ def test_new_shares_wait_for_their_standby(switch_ms):
     assert not set(after["gpu_pct"]) <= known
 
 
+class Watched(AdaptiveDStack):
+    """Remembers when it asked for plans, and for which rates."""
+
+    def reset(self, plan):
+        super().reset(plan)
+        self.requests: list[tuple[float, dict[str, float]]] = []
+
+    def _plan_anew(self, state, rates, counts):
+        super()._plan_anew(state, rates, counts)
+        self.requests.append((state.now_ms, rates))
+
+
+@pytest.mark.parametrize("plans_in_ms", [700, 1000 / 3])
+def test_the_old_plan_goes_on_while_a_new_one_is_made(plans_in_ms):
+    moved, policy = stepping(), Watched(plans_in_ms=plans_in_ms, pool=False)
+    trace = lab.simulate(moved, policy, 9000, seed=1)
+    asked_ms, _ = policy.requests[0]
+    assert policy.replanned_ms[0] == pytest.approx(asked_ms + plans_in_ms, abs=1e-5)
+    known = {s for shares in lab.DStack(reject=True, pool=False).shares(moved).values() for s in shares}
+    starts, shares = trace.launches["start_ms"], trace.launches["gpu_pct"]
+    meanwhile = shares[(starts >= asked_ms) & (starts < policy.replanned_ms[0] - EPSILON)]
+    assert len(meanwhile) > 10
+    assert set(meanwhile) <= known
+    assert not set(shares[starts >= policy.replanned_ms[0] - EPSILON]) <= known
+
+
+@pytest.mark.parametrize("rate", [5, 900], ids=["leaves", "grows"])
+def test_a_plan_that_is_overtaken_is_thrown_away(rate):
+    """When the first one triples a plan is asked for; before it is there the second one, of which it knows nothing, moves."""
+    made = stepping()
+    steps = (lab.Steps(((0, 150), (STEP_MS, 450))), lab.Steps(((0, 150), (STEP_MS + 300, rate))))
+    moved = replace(made, services=tuple(replace(s, arrivals=a) for s, a in zip(made.services, steps, strict=True)))
+    policy = Watched(plans_in_ms=1000)
+    lab.simulate(moved, policy, 9000, seed=1)
+    (first_ms, first), (second_ms, second) = policy.requests[:2]
+    assert first_ms < STEP_MS + 300
+    assert 100 < first["falls"] < 200
+    assert first_ms + 1000 <= second_ms <= first_ms + 1000 + policy.period_ms + EPSILON  # at the next period's end
+    assert abs(second["falls"] - rate) < max(20, 0.25 * rate)
+    assert policy.replanned_ms[0] >= second_ms + 1000 - EPSILON
+
+
+def test_a_plan_that_is_nearer_to_what_comes_than_the_old_one_takes_over():
+    """A rate that goes on growing leaves every plan behind; none would ever be good enough."""
+    points = [(name, 80, lab.Poisson(100), 50.0, 8, table(2, 0.5, 80)) for name in ("grows", "stays")]
+    made = plan(*points, shares=SHARES)
+    growing = replace(made.services[0], arrivals=lab.Drift(((0, 50), (12_000, 1200))))
+    policy = Watched(plans_in_ms=400)
+    lab.simulate(replace(made, services=(growing, made.services[1])), policy, 12_000, seed=2)
+    assert len(policy.replanned_ms) > len(policy.requests) / 2 > 3
+
+
+@pytest.mark.parametrize("error", [KeyError("oops"), lab.InfeasiblePlan("nothing fits")], ids=repr)
+def test_what_goes_wrong_while_planning_is_told_unless_nothing_fits(error, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(adaptive, "cut_slots", fails)
+    policy = Watched()
+    if isinstance(error, KeyError):
+        with pytest.raises(lab.PolicyError, match=r"Watched raised at 4\d\d\d\.\d* ms: KeyError\('oops'\)"):
+            lab.simulate(stepping(), policy, 9000, seed=1)
+    else:
+        lab.simulate(stepping(), policy, 9000, seed=1)
+        assert len(policy.requests) > 1
+    assert policy.replanned_ms == []
+
+
 def test_a_service_that_joins_does_not_make_others_late():
     points = [(name, 80, lab.Poisson(120), 50.0, 8, table(4, 1, 40)) for name in ("old", "older")]
     joining = ("new", 60, lab.Steps(((0, 0), (3000, 120))), 50.0, 8, table(4, 1, 40))
@@ -108,10 +176,11 @@ COSTS = st.sampled_from([None, lab.Contention(slowdown=0.02), lab.Contention(slo
     told=COSTS,
     true=COSTS,
     switch_ms=st.sampled_from([0.0, 100.1, 100 / 3]),
+    plans_in_ms=st.sampled_from([0.0, 70.1, 400.0]),
     options=st.fixed_dictionaries({}, optional={"reject": st.booleans(), "beside": st.booleans(), "pool": st.booleans()}),
     seed=st.integers(0, 99),
 )
-def test_whatever_comes_all_are_answered_and_shares_fit(asked, shares, told, true, switch_ms, options, seed):
+def test_whatever_comes_all_are_answered_and_shares_fit(asked, shares, told, true, switch_ms, plans_in_ms, options, seed):
     """Slots and windows take over from each other as rates step, and as launches prove to cost each other."""
     points = []
     for i, (slo_ms, rates, batch) in enumerate(asked):
@@ -120,7 +189,7 @@ def test_whatever_comes_all_are_answered_and_shares_fit(asked, shares, told, tru
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(slot_plan, "IN_ALL", 600)  # plans are made from draws about as long as the run
-            policy = AdaptiveDStack(memory=3, switch_ms=switch_ms, **options)
+            policy = AdaptiveDStack(memory=3, switch_ms=switch_ms, plans_in_ms=plans_in_ms, **options)
             trace = lab.simulate(replace(plan(*points, shares=shares), contention=told), policy, 700, seed, contention=true)
     except lab.InfeasiblePlan:
         return  # said before the run, and only then
@@ -140,4 +209,6 @@ def test_any_share_may_be_asked_for_and_bad_arguments_are_named():
         AdaptiveDStack(memory=1)
     with pytest.raises(ValueError, match="switch_ms = -1"):
         AdaptiveDStack(switch_ms=-1)
+    with pytest.raises(ValueError, match="plans_in_ms = -1"):
+        AdaptiveDStack(plans_in_ms=-1)
     assert plan_period(stepping()).period_ms == 80

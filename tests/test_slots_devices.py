@@ -24,7 +24,9 @@ def bursts(made: lab.Plan, *arrivals: list[float]) -> lab.Plan:
     return replace(made, services=tuple(replace(s, arrivals=lab.Replay(came)) for s, came in pairs))
 
 
-@pytest.mark.parametrize("policy", [lab.DStack(), lab.AdaptiveDStack(learns=False)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "policy", [lab.DStack(), pytest.param(lab.AdaptiveDStack(learns=False), marks=pytest.mark.slow)], ids=lambda p: p.name
+)
 def test_as_many_workers_as_one_service_may_use_at_once(policy):
     """20 requests at once of batches of 8 at most: each service has a worker in every slot that it may take."""
     made = bursts(fake_plan(100, 100), [0.0] * 20, [0.0] * 20)

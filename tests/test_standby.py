@@ -193,7 +193,9 @@ def test_on_real_cores_a_share_that_was_not_prepared_comes_as_a_standby():
         assert set(trace.launches.loc[trace.launches["start_ms"] > ready, "gpu_pct"]) == {shares[-1]}
 
 
-@pytest.mark.parametrize("policy", [lab.AdaptiveDStack(), lab.Gslice()], ids=["AdaptiveDStack", "Gslice"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param(lab.AdaptiveDStack(), marks=pytest.mark.slow), lab.Gslice()], ids=lambda p: p.name
+)
 def test_policies_that_may_use_any_share_prepare_few(policy):
     made = plan(200, 100)
     policy.reset(made)
