@@ -147,6 +147,16 @@ class TestEdges:
         with pytest.raises(lab.InfeasiblePlan, match="s0 at 2200/s"):
             cut_slots(beyond, drop=False)
 
+    def test_what_the_first_trials_find_hopeless_gets_no_second(self, monkeypatch):
+        parts, late = [], _Planner.late
+        monkeypatch.setattr(_Planner, "late", lambda self, slots, part: (parts.append(part), late(self, slots, part))[1])
+        busy = asks((50, 2000, table(1, 0.5, 80)), (40, 1500, table(1, 0.5, 80)))
+        with pytest.raises(lab.InfeasiblePlan):
+            cut_slots(busy, drop=False)
+        assert 0.5 not in parts
+        cut_slots(busy, drop=True)  # there all ways lose, and the best is still to be found
+        assert 0.5 in parts
+
     def test_an_slo_that_no_share_meets_has_no_plan_either_way(self):
         for drop in (True, False):
             with pytest.raises(lab.InfeasiblePlan, match="s0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from dstack_lab.arrivals import Poisson
 from dstack_lab.checks import count, percent, require
@@ -30,11 +31,12 @@ def check_fewest_gpus(answer: object, services: Sequence[Service], method: str, 
     most : int
         Largest number that is tried.
     """
-    load = cluster_bound(services, Cluster(gpus=1, profile=profile)).load
+    asked = tuple(services)
+    load = cluster_bound(asked, Cluster(gpus=1, profile=profile)).load
 
     def fewest(how: str) -> int:  # below the bound none will do
         tried = range(max(1, math.ceil(load - 1e-6)), count("most", most) + 1)
-        return next((n for n in tried if _placed(services, n, how, profile)), 0)
+        return next((n for n in tried if _placed(asked, n, how, profile)), 0)
 
     truth = fewest(method)
     require(truth > 0, "most", most, "enough for the services")
@@ -148,7 +150,9 @@ def _judged(parts: Mapping[str, Mapping[str, float]], services: Sequence[Service
     return right(f"The busiest, {busiest}, needs {demand[busiest]:.0f} GPU%; no placement can have less than {bound:.0f}.")
 
 
-def _placed(services: Sequence[Service], gpus: int, method: str, profile: Profile) -> bool:
+@lru_cache(maxsize=128)
+def _placed(services: tuple[Service, ...], gpus: int, method: str, profile: Profile) -> bool:
+    """Looked for once: whoever answers again need not wait again."""
     try:
         place(services, Cluster(gpus=gpus, profile=profile), method)
     except InfeasiblePlan:

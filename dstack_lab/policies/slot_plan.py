@@ -33,6 +33,8 @@ PARTS, BEST = (0.25, 0.5, 1.0), 3
 WORST, TIE = 1.0, 0.003
 #: Where no requests may be given up, slots in which a larger part of some service's is late do not keep up.
 LATE = 0.05
+#: Nor will any wait or rule make them keep up if a first trial has more than this late.
+HOPELESS = 4 * LATE
 
 
 def cut_slots(plan: Plan, drop: bool = True, rates_rps: tuple[float, ...] | None = None, wait_part: float | None = None) -> Slots:
@@ -113,6 +115,8 @@ def _cut(plan: Plan, drop: bool, rates_rps: tuple[float, ...] | None, wait_part:
         tried = [replace(one, **{field: value}) for one in ways for value in values]  # type: ignore[arg-type]
         tried = [one for one in tried if one.greedy_pct + EPSILON >= _widest_greedy(one)]  # who never begins is never answered
         ways = sorted(tried, key=lambda slots, part=part: planner.pain(slots, part))[:BEST]  # type: ignore[misc]
+        if not drop and ways and max(planner.late(ways[0], part)[0]) > HOPELESS:
+            break
     return replace(ways[0], late=planner.late(ways[0], PARTS[-1])[0]) if ways else None
 
 
