@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -522,6 +523,19 @@ def test_the_fewest_gpus_are_those_of_place(seven, profile):
         assert not exercises.check_fewest_gpus(fewest + 1, seven, method, profile)
     refused(exercises.check_fewest_gpus(1, seven, "dstack", profile), "1.60 GPUs at least")
     refused(exercises.check_fewest_gpus(7, seven, "dstack", profile), "one service per GPU")
+
+
+def test_gpus_are_counted_for_arrivals_of_ones_own(profile):
+    @dataclass
+    class Clock:  # may change, so it cannot be a key
+        rate_rps: float
+
+        def sample(self, duration_ms, rng):
+            return np.arange(0, duration_ms, 1000 / self.rate_rps)
+
+    light = [lab.Service("resnet50", 50, Clock(50))]
+    assert exercises.check_fewest_gpus(1, light, "dstack", profile)
+    assert exercises.check_fewest_gpus(1, light, "dstack", profile)
 
 
 def test_every_placement_that_works_passes(seven, profile):

@@ -31,7 +31,8 @@ def check_fewest_gpus(answer: object, services: Sequence[Service], method: str, 
     most : int
         Largest number that is tried.
     """
-    asked = tuple(services)
+    # a placement knows rates only; arrivals of one's own need not be hashable
+    asked = tuple(replace(s, arrivals=Poisson(s.rate_rps)) for s in services)
     load = cluster_bound(asked, Cluster(gpus=1, profile=profile)).load
 
     def fewest(how: str) -> int:  # below the bound none will do
