@@ -26,7 +26,6 @@ _SAMPLES = 256
 
 #: Half of the noise, up to 1.5 %, is the curve's own roughness and not the clock's; knee intervals allow for it.
 _ROUGH, _ROUGHEST = 0.5, 0.015
-CB, CK = 1.0, 1.0
 
 #: Of a service time [ms]. Below a nanosecond, processors' linear algebra disagrees, and a plan must be the same on all.
 DECIMALS = 6
@@ -106,7 +105,7 @@ class GpuModel:
         # few points say little about their own spread, which Student's t makes up for
         wide = stdtrit(max(3, len(self._correction.at) // 2), (1 + level) / 2)
         below, above = self.room(b, g)
-        half = wide * np.sqrt(spread**2 + self._correction.noise**2 + (CB * (below + above)) ** 2 / 12)
+        half = wide * np.sqrt(spread**2 + self._correction.noise**2 + (below + above) ** 2 / 12)
         middle = self._table.log(b, g)
         low, high = np.exp(middle - half), np.exp(middle + half)
         return (float(low), float(high)) if low.ndim == 0 else (low, high)
@@ -197,7 +196,7 @@ class GpuModel:
         logs = self._table.log(b, grid) + draws @ (vectors * np.sqrt(np.maximum(values, 0))).T
         # waves of thread blocks make real curves as rough from share to share as the noise found
         logs += min(_ROUGH * self._correction.noise, _ROUGHEST) * np.random.default_rng(1).standard_normal(logs.shape)
-        side = CK * np.random.default_rng(2).uniform(-1, 1, (_SAMPLES, 1))
+        side = np.random.default_rng(2).uniform(-1, 1, (_SAMPLES, 1))
         below, above = self.room(b, grid)
         logs += np.where(side > 0, side * above, side * below)
         return np.exp(np.minimum.accumulate(logs, axis=1))
